@@ -1,0 +1,441 @@
+"""
+The few things that turn into a silent bug when two copies of them disagree: config, device and DDP set-up,
+seeds, checkpoints, media files. Nothing here knows about physics or networks.
+"""
+import contextlib
+import dataclasses
+import inspect
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import imageio
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageOps
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+
+class InputError(ValueError):
+    """The user's input is wrong; the message is one line that says what is wrong and what would be right."""
+
+
+def run(main):
+    """Call main(); an InputError becomes one line on stderr and exit code 2, never a traceback."""
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# config: a flat dataclass, its trailing comments are the help text, its fields are the flags
+
+def _help(config_class):
+    """{field: trailing comment}, read from the source so that help and code cannot drift apart."""
+    lines = inspect.getsource(config_class).splitlines()
+    return {m[1]: m[2] for m in (re.match(r"\s*(\w+)\s*:.*?=.*?\s#\s*(.*)", line) for line in lines) if m}
+
+
+def _convert(name, text, default):
+    kind = type(default)
+    try:
+        if kind is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        value = kind(text)
+    except (KeyError, ValueError):
+        want = {"bool": "True or False", "int": "an integer", "float": "a number"}.get(kind.__name__, kind.__name__)
+        raise InputError(f"--{name}={text}: expected {want}, for example --{name}={default}") from None
+    if kind is float and not math.isfinite(value):
+        raise InputError(f"--{name}={text}: expected a finite number, for example --{name}={default}")
+    return value
+
+
+def parse_config(config_class, argv, presets=None, positional=None):
+    """argv (list of str) -> config_class instance. Defaults < --preset=NAME < command line.
+
+    positional: the field that takes the one argument without dashes, if any.
+    Raises InputError on an unknown flag, a wrong type or an unknown preset; prints help and exits on -h."""
+    fields = {f.name: f.default for f in dataclasses.fields(config_class)}
+    texts, presets, given = _help(config_class), presets or {}, {}
+    for arg in argv:
+        if arg in ("-h", "--help"):
+            print((sys.modules[config_class.__module__].__doc__ or "").strip() + "\n\nflags (--name=value):")
+            for name, default in fields.items():
+                print(f"  --{name}={default}".ljust(36) + texts.get(name, ""))
+            if presets:
+                print(f"  --preset=NAME".ljust(36) + "a named set of overrides: " + ", ".join(presets))
+            sys.exit(0)
+        if not arg.startswith("--") and positional and positional not in given:
+            given[positional] = arg
+            continue
+        name, equals, text = arg.removeprefix("--").partition("=")
+        if not (arg.startswith("--") and (name in fields or name == "preset" and presets)):
+            raise InputError(f"unknown argument {arg!r}; the flags are "
+                             + ", ".join(f"--{f}" for f in [*fields, *(["preset"] if presets else [])]))
+        if not equals:
+            raise InputError(f"--{name} needs a value: write --{name}={fields.get(name, next(iter(presets), ''))}")
+        given[name] = text
+    preset = given.pop("preset", None)
+    if preset is not None and preset not in presets:
+        raise InputError(f"unknown preset {preset!r}; there are: {', '.join(presets)}")
+    overrides = presets.get(preset, {})
+    return config_class(**overrides | {k: _convert(k, v, fields[k]) for k, v in given.items()})
+
+
+def check_range(config, **ranges):
+    """check_range(cfg, steps=(1, 1000)) raises InputError unless low <= value <= high for each named field."""
+    for name, (low, high) in ranges.items():
+        value = getattr(config, name)
+        if not low <= value <= high:
+            raise InputError(f"--{name}={value} is out of range: expected {low} to {high}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# device, ranks, precision
+
+def setup(device="auto"):
+    """-> (torch.device, rank, world size). Under torchrun it joins the process group and owns one GPU per rank."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise InputError(f"--device={device} is not usable here; expected auto, cuda, mps or cpu") from None
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and not dist.is_initialized():
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device, rank, world
+
+
+def autocast(device):
+    """The one precision policy: bf16 where the device is fast at it (CUDA, CPUs with AMX), else fp32."""
+    fast = device.type == "cuda" or device.type == "cpu" and getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+    return torch.autocast(device.type, torch.bfloat16) if fast else contextlib.nullcontext()
+
+
+def average(value, device):
+    """A number (or a tensor) averaged over all ranks; the same on each of them."""
+    if not dist.is_initialized():
+        return value
+    tensor = torch.as_tensor(value, dtype=torch.float32, device=device).clone()
+    dist.all_reduce(tensor)
+    tensor /= dist.get_world_size()
+    return tensor if torch.is_tensor(value) else tensor.item()
+
+
+class Stop:
+    """Ctrl-C or SIGTERM sets `stop.now`; the training loop saves and ends by itself. A second Ctrl-C is immediate.
+
+    Every rank gets its own signal, maybe a step apart, so `stop.agreed(device)` asks all of them."""
+    def __init__(self):
+        self.now = False
+        for sig in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(sig, self._set)
+
+    def _set(self, sig, frame):
+        if self.now and sig == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.now = True
+
+    def agreed(self, device):
+        return bool(average(float(self.now), device))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# seeds: every random number is a function of what it is for, never of what was drawn before it
+
+def seed_of(*keys):
+    """Any ints and strings -> 63-bit seed, by splitmix64 over the keys (strings by their bytes)."""
+    mask, h = (1 << 64) - 1, 0
+    for key in keys:
+        for word in (key.to_bytes(16, "little", signed=True) if isinstance(key, int) else key.encode()):
+            h = (h ^ word) * 0x100000001B3 & mask                                      # FNV-1a takes the bytes in ...
+        h = (h + 0x9E3779B97F4A7C15) & mask
+        h = (h ^ h >> 30) * 0xBF58476D1CE4E5B9 & mask                                  # ... splitmix64 spreads them
+        h = (h ^ h >> 27) * 0x94D049BB133111EB & mask
+        h ^= h >> 31
+    return h >> 1
+
+
+def generator(*keys):
+    """A CPU torch.Generator that depends on nothing but the keys."""
+    return torch.Generator().manual_seed(seed_of(*keys))
+
+
+def randn(shape, keys):
+    """One independent CPU noise tensor per key: (len(keys), *shape). So noise does not depend on batch, rank or device."""
+    return torch.stack([torch.randn(shape, generator=generator(*(k if isinstance(k, tuple) else (k,)))) for k in keys])
+
+
+def seed_everything(seed):
+    """For initial weights; data and noise use `generator`."""
+    random.seed(seed), np.random.seed(seed % 2**32), torch.manual_seed(seed)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# files: written to a temporary name, then renamed, so that a kill never leaves half of one
+
+@contextlib.contextmanager
+def atomic(path):
+    """with atomic("a/b.mp4") as tmp: write to tmp (same folder, same extension); renamed on success, removed on error."""
+    path = os.fspath(path)
+    folder, name = os.path.split(path)
+    tmp = os.path.join(folder, f".tmp{os.getpid()}.{name}")
+    try:
+        yield tmp
+        os.replace(tmp, path)
+    except FileNotFoundError as error:
+        raise InputError(f"cannot write {path}: the folder {folder or '.'} does not exist; create it first") from error
+    except (PermissionError, NotADirectoryError, IsADirectoryError) as error:
+        raise InputError(f"cannot write {path}: {error.strerror}; choose a path that can be written") from error
+    finally:
+        if os.path.exists(tmp):
+            os.remove(tmp)
+
+
+def make_dir(path):
+    """Create a folder of ours, with one clear line when that is impossible."""
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot create the folder {path}: {error.strerror}") from None
+    return path
+
+
+def git_commit():
+    here = os.path.dirname(os.path.abspath(__file__))
+    try:
+        out = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
+    except OSError:
+        return ""
+    return out.stdout.strip()
+
+
+def start_run(cfg, rank, folder):
+    """Create out/<run>/ and write its config.json (with the git commit); -> folder."""
+    if rank == 0:
+        make_dir(folder)
+        with atomic(f"{folder}/config.json") as tmp, open(tmp, "w") as f:
+            json.dump(dataclasses.asdict(cfg) | {"git_commit": git_commit(), "argv": sys.argv}, f, indent=1)
+    if dist.is_initialized():
+        dist.barrier()
+    return folder
+
+
+def log_line(path, entry, step=None):
+    """Append one JSON object to a .jsonl file. On resume, `trim_log` has cut what came after the checkpoint."""
+    with open(path, "a") as f:
+        f.write(json.dumps(entry) + "\n")
+
+
+def trim_log(path, step):
+    """Drop the lines at or after `step`, so that a resumed run's log has each step once."""
+    if os.path.exists(path):
+        with open(path) as f:
+            lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] < step]
+        with atomic(path) as tmp, open(tmp, "w") as f:
+            f.writelines(lines)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# weights: safetensors, the config as JSON in the metadata
+
+def save_weights(path, tensors, config, dtype=None):
+    """A state dict (or module) and its config dict -> one safetensors file. dtype: e.g. torch.bfloat16 on disk."""
+    tensors = tensors.state_dict() if isinstance(tensors, torch.nn.Module) else tensors
+    tensors = {k: v.detach().to("cpu", dtype if v.is_floating_point() else None).contiguous() for k, v in tensors.items()}
+    with atomic(path) as tmp:
+        save_file(tensors, tmp, metadata={"config": json.dumps(config)})
+
+
+def read_weights(path):
+    """One safetensors (or official .pth) file, or a folder of safetensors shards -> (state dict on the CPU, config dict)."""
+    path = os.fspath(path)
+    if os.path.isdir(path):
+        files = sorted(os.path.join(path, f) for f in os.listdir(path) if f.endswith(".safetensors"))
+        if not files:
+            raise InputError(f"{path} holds no .safetensors file")
+        parts = [read_weights(f) for f in files]
+        return {k: v for tensors, _ in parts for k, v in tensors.items()}, parts[0][1]
+    if not os.path.exists(path):
+        raise InputError(f"{path} does not exist")
+    try:
+        if path.endswith((".pth", ".pt")):
+            return torch.load(path, map_location="cpu", weights_only=True), {}
+        with safe_open(path, "pt") as f:
+            return {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {}).get("config", "{}"))
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
+        raise InputError(f"{path} is not a readable weight file (truncated, or another format): "
+                         f"{str(error).splitlines()[0]}") from None
+
+
+def load_weights(module, path, rename=None):
+    """Load a file or a folder, official or diffusers/transformers layout, into the module, in place; -> the file's config.
+
+    The other layout goes through the module's own table `module.RENAMES`: (regex, replacement) pairs, all applied in
+    order to each key. Raises InputError naming the first missing, extra or misshapen keys."""
+    tensors, config = read_weights(path)
+    own = module.state_dict()
+    if not own.keys() & tensors.keys() or own.keys() - tensors.keys():
+        def renamed(key):
+            for pattern, replacement in getattr(module, "RENAMES", []):
+                key = re.sub(pattern, replacement, key)
+            return key
+        other = {renamed(k): v for k, v in tensors.items()}
+        if len(own.keys() & other.keys()) > len(own.keys() & tensors.keys()):
+            tensors = other
+    wrong = ([f"missing {k}" for k in own if k not in tensors] + [f"unexpected {k}" for k in tensors if k not in own]
+             + [f"{k} is {tuple(tensors[k].shape)}, expected {tuple(v.shape)}"
+                for k, v in own.items() if k in tensors and tensors[k].shape != v.shape])
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise InputError(f"{path} does not fit {type(module).__name__}: {'; '.join(wrong[:3])}{more}")
+    module.load_state_dict(tensors)
+    return config
+
+
+def save_state(path, step, modules, optimizer):
+    """Everything that a run needs to go on bit-exactly: {name: module or dict of tensors}, optimizer, step. No pickle."""
+    tensors = {f"{name}/{k}": v for name, m in modules.items()
+               for k, v in (m.state_dict() if isinstance(m, torch.nn.Module) else m).items()}
+    for i, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer/{i}/{k}": v for k, v in state.items()}
+    save_weights(path, tensors, {"step": step})
+
+
+def load_state(path, modules, optimizer):
+    """The inverse of save_state, in place; -> step."""
+    tensors, config = read_weights(path)
+    if "step" not in config:
+        raise InputError(f"{path} is not a training state; expected a state.safetensors of a run folder")
+    try:
+        for name, m in modules.items():
+            part = {k.removeprefix(f"{name}/"): v for k, v in tensors.items() if k.startswith(f"{name}/")}
+            if isinstance(m, torch.nn.Module):
+                m.load_state_dict(part)
+            else:
+                assert part.keys() == m.keys(), f"{name} has other keys"
+                for k, v in m.items():
+                    v.copy_(part[k])
+        own, state = optimizer.state_dict(), {}
+        for key, value in tensors.items():
+            if key.startswith("optimizer/"):
+                _, i, k = key.split("/")
+                state.setdefault(int(i), {})[k] = value
+        optimizer.load_state_dict(own | {"state": state})
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise InputError(f"{path} belongs to another configuration: {str(error).splitlines()[0]}") from None
+    return config["step"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# media: uint8 (T, H, W, 3) at file boundaries, float (C, T, H, W) in [-1, 1] in memory
+
+def to_uint8(video):
+    """float (3, T, H, W) in [-1, 1] -> uint8 array (T, H, W, 3)."""
+    return ((video.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).cpu().numpy()
+
+
+def to_float(frames):
+    """uint8 array (..., T, H, W, 3) -> float (..., 3, T, H, W) in [-1, 1]."""
+    return torch.as_tensor(frames).float().movedim(-1, -4) / 127.5 - 1
+
+
+def read_image(path, size):
+    """PNG, JPEG or WebP of any mode -> (float (3, size, size) in [-1, 1], a note on what was cropped or "").
+
+    EXIF orientation is applied, transparency is put on white, the centre square is taken and resized (Lanczos).
+    Raises InputError if the file is missing, broken, no image, or has a side outside 16..8192."""
+    if os.path.isdir(path):
+        raise InputError(f"{path} is a folder; expected one PNG, JPEG or WebP image")
+    if not os.path.exists(path):
+        raise InputError(f"{path} does not exist; expected a PNG, JPEG or WebP image")
+    try:
+        with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
+            w, h = image.size
+            if not (16 <= w <= 8192 and 16 <= h <= 8192):
+                raise InputError(f"{path} is {w}x{h} pixels; expected sides of 16 to 8192")
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I") or image.mode == "F":                        # 16-bit grey: scale, do not clip
+                grey = np.asarray(image, np.float32)
+                image = Image.fromarray((grey / max(grey.max(), 255) * 255).round().astype(np.uint8))
+            image = image.convert("RGBA")
+    except InputError:
+        raise
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path} is not a readable PNG, JPEG or WebP image: {str(error).splitlines()[0]}") from None
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    w, h = image.size
+    note = f"centre-cropped from {w}x{h} to {min(w, h)}x{min(w, h)}" if w != h else ""
+    if image.size != (size, size):
+        image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+    return to_float(np.asarray(image)[None])[:, 0], note                               # (3, size, size)
+
+
+VIDEO_EXTENSIONS = (".mp4", ".gif", ".webp")
+
+
+def write_video(path, frames, fps, scale=1):
+    """uint8 (T, H, W, 3) -> mp4, gif or webp by extension. scale: integer enlargement, nearest neighbour."""
+    frames = np.asarray(frames).repeat(scale, 1).repeat(scale, 2)
+    extension = os.path.splitext(path)[1].lower()
+    if extension not in VIDEO_EXTENSIONS:
+        raise InputError(f"cannot write {path}: expected a name that ends in {', '.join(VIDEO_EXTENSIONS)}")
+    with atomic(path) as tmp:
+        if extension == ".mp4":
+            frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
+            # x264 with one thread: the same frames give the same bytes; macro_block_size=1: no silent resize
+            with open(tmp, "wb"):
+                pass                                                                   # a missing folder fails here
+            imageio.mimwrite(tmp, frames, fps=fps, codec="libx264", macro_block_size=1, pixelformat="yuv420p",
+                             ffmpeg_log_level="error", output_params=["-crf", "12", "-threads", "1"])
+        else:
+            images = [Image.fromarray(f) for f in frames]
+            images[0].save(tmp, save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0,
+                           **({"lossless": True} if extension == ".webp" else {}))
+
+
+def read_video(path):
+    """Any file imageio reads -> uint8 (T, H, W, 3)."""
+    return np.stack(imageio.mimread(path, memtest=False))[..., :3]
+
+
+def sheet(videos, columns=None, every=1):
+    """A contact sheet: list of uint8 (T, H, W, 3) -> uint8 (rows, width, 3); one clip a row, every n-th frame a column."""
+    rows = [np.concatenate(list(v[::every]), axis=1) for v in videos]
+    return np.concatenate(rows, axis=0)
+
+
+def write_image(path, image):
+    """uint8 (H, W, 3) -> PNG."""
+    with atomic(path) as tmp:
+        Image.fromarray(image).save(tmp)
+
+
+def grid(videos, columns):
+    """List of uint8 (T, H, W, 3) -> one uint8 video with `columns` clips a row, black where none is left."""
+    videos = list(videos) + [np.zeros_like(videos[0])] * (-len(videos) % columns)
+    rows = [np.concatenate(videos[i:i + columns], axis=2) for i in range(0, len(videos), columns)]
+    return np.concatenate(rows, axis=1)
+
+
+def free_disk(folder):
+    """Bytes that can still be written under the folder."""
+    return shutil.disk_usage(folder).free
