@@ -10,7 +10,6 @@ import math
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -210,6 +209,15 @@ def atomic(path):
             os.remove(tmp)
 
 
+def check_writable(path):
+    """Refuse an output path at once, not after an hour of work: its folder must exist and be writable."""
+    folder = os.path.dirname(path) or "."
+    if not os.path.isdir(folder):
+        raise InputError(f"cannot write {path}: the folder {folder} does not exist; create it first")
+    if os.path.isdir(path) or not os.access(folder, os.W_OK):
+        raise InputError(f"cannot write {path}: it is {'a folder' if os.path.isdir(path) else 'in a folder without write permission'}")
+
+
 def make_dir(path):
     """Create a folder of ours, with one clear line when that is impossible."""
     try:
@@ -239,7 +247,7 @@ def start_run(cfg, rank, folder):
     return folder
 
 
-def log_line(path, entry, step=None):
+def log_line(path, entry):
     """Append one JSON object to a .jsonl file. On resume, `trim_log` has cut what came after the checkpoint."""
     with open(path, "a") as f:
         f.write(json.dumps(entry) + "\n")
@@ -290,7 +298,7 @@ def load_weights(module, path, rename=None):
     """Load a file or a folder, official or diffusers/transformers layout, into the module, in place; -> the file's config.
 
     The other layout goes through the module's own table `module.RENAMES`: (regex, replacement) pairs, all applied in
-    order to each key. Raises InputError naming the first missing, extra or misshapen keys."""
+    order to each key, or through `module.convert(tensors) -> tensors` where names are not enough. Raises InputError naming the first missing, extra or misshapen keys."""
     tensors, config = read_weights(path)
     own = module.state_dict()
     if not own.keys() & tensors.keys() or own.keys() - tensors.keys():
@@ -298,7 +306,8 @@ def load_weights(module, path, rename=None):
             for pattern, replacement in getattr(module, "RENAMES", []):
                 key = re.sub(pattern, replacement, key)
             return key
-        other = {renamed(k): v for k, v in tensors.items()}
+        # a module whose layouts differ by more than names (one qkv or three tensors) brings its own `convert`
+        other = module.convert(tensors) if hasattr(module, "convert") else {renamed(k): v for k, v in tensors.items()}
         if len(own.keys() & other.keys()) > len(own.keys() & tensors.keys()):
             tensors = other
     wrong = ([f"missing {k}" for k in own if k not in tensors] + [f"unexpected {k}" for k in tensors if k not in own]
@@ -417,7 +426,7 @@ def read_video(path):
     return np.stack(imageio.mimread(path, memtest=False))[..., :3]
 
 
-def sheet(videos, columns=None, every=1):
+def sheet(videos, every=1):
     """A contact sheet: list of uint8 (T, H, W, 3) -> uint8 (rows, width, 3); one clip a row, every n-th frame a column."""
     rows = [np.concatenate(list(v[::every]), axis=1) for v in videos]
     return np.concatenate(rows, axis=0)
@@ -434,8 +443,3 @@ def grid(videos, columns):
     videos = list(videos) + [np.zeros_like(videos[0])] * (-len(videos) % columns)
     rows = [np.concatenate(videos[i:i + columns], axis=2) for i in range(0, len(videos), columns)]
     return np.concatenate(rows, axis=1)
-
-
-def free_disk(folder):
-    """Bytes that can still be written under the folder."""
-    return shutil.disk_usage(folder).free

@@ -1,10 +1,11 @@
 """
 Video to latent and back: one causal 3D VAE that builds Wan 2.1's, Wan 2.2's and our nano model from a flat config.
 
-Train the nano VAE on simulated clips (about an hour on two CPU cores), look at out/vae/, resume, use eight GPUs:
+Train the nano VAE on simulated clips (hours on two CPU cores), look at out/vae/; stop on a budget and finish; GPUs:
     python vae.py
-    python vae.py --resume=True --steps=9000
-    torchrun --nproc_per_node=8 vae.py --batch=64 --clips=20000
+    python vae.py --max_minutes=60
+    python vae.py --resume=True --steps=4000
+    torchrun --nproc_per_node=8 -- vae.py --batch=64 --clips=20000
 Use it, or published weights (official or diffusers layout):
     model = load_vae("data/vae.safetensors")
     model = load_vae("Wan2.1_VAE.pth", CONFIGS["wan2.1"])
@@ -18,7 +19,7 @@ import math
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -33,7 +34,7 @@ import common
 # temporal: which of those halvings also halve T; residual: nested stages with parameter-free shortcuts (Wan 2.2).
 CONFIGS = {
     "nano": dict(
-        dim=32, decoder_dim=32, z_dim=16, mult=[1, 2, 4], temporal=[True, True], blocks=1, decoder_blocks=1,
+        dim=16, decoder_dim=32, z_dim=16, mult=[1, 2, 4], temporal=[True, True], blocks=1, decoder_blocks=1,
         patch=2, residual=True, latent_mean=[0.0] * 16, latent_std=[1.0] * 16),            # measured after training
     "wan2.1": dict(
         dim=96, decoder_dim=96, z_dim=16, mult=[1, 2, 4, 4], temporal=[False, True, True], blocks=2, decoder_blocks=3,
@@ -256,8 +257,9 @@ class VideoVAE(nn.Module):
         else:
             self.RENAMES += [(r"down_blocks", "downsamples")]
             for i in range(len(config["mult"])):
-                self.RENAMES += [(rf"up_blocks\.{i}\.resnets\.{j}\.", f"upsamples.{i * (m + 1) + j}.") for j in range(m)]
-                self.RENAMES += [(rf"up_blocks\.{i}\.upsamplers\.0", f"upsamples.{i * (m + 1) + m}")]
+                k = i * (m + 1)
+                self.RENAMES += [(rf"up_blocks\.{i}\.resnets\.{j}\.", f"upsamples.{k + j}.") for j in range(m)]
+                self.RENAMES += [(rf"up_blocks\.{i}\.upsamplers\.0", f"upsamples.{k + m}")]
 
     @torch.no_grad()
     def init_weights(self):
@@ -306,15 +308,20 @@ class VideoVAE(nn.Module):
                 for k in ("latent_mean", "latent_std"))
 
     def encode(self, video):
-        """(B, 3, 1+4k, H, W) in [-1, 1] -> normalised latent (B, z, 1+k, h, w): the posterior's mean. Raises as `moments`."""
+        """(B, 3, 1+4k, H, W) in [-1, 1] -> normalised latent (B, z, 1+k, h, w), the posterior's mean.
+
+        Raises InputError as `moments` does."""
         mu, _ = self.moments(video)
         mean, std = self.stats(mu)
         return (mu - mean) / std
 
     def decode(self, latent):
-        """Normalised latent (B, z, 1+k, h, w) -> video (B, 3, 1+4k, H, W) in [-1, 1]. Raises InputError on another shape."""
+        """Normalised latent (B, z, 1+k, h, w) -> video (B, 3, 1+4k, H, W) in [-1, 1].
+
+        Raises InputError unless the latent has five axes and z channels."""
         if latent.ndim != 5 or latent.shape[1] != self.config["z_dim"]:
-            raise common.InputError(f"latent has shape {tuple(latent.shape)}; expected (B, {self.config['z_dim']}, t, h, w)")
+            raise common.InputError(f"latent has shape {tuple(latent.shape)}; "
+                                    f"expected (B, {self.config['z_dim']}, t, h, w)")
         mean, std = self.stats(latent)
         return self.reconstruct(latent * std + mean).clamp(-1, 1)
 
@@ -339,23 +346,23 @@ def load_vae(path, config=None, device="cpu"):
 
 @dataclass
 class Config:
-    run: str = "vae"                # folder under out/
-    out: str = ""                   # where the weights go; empty: out/<run>/vae.safetensors
+    name: str = "vae"               # the run's folder under out/
+    out: str = ""                   # where the weights go; empty: out/<name>/vae.safetensors
     clips: int = 3000               # training clips, simulated once and kept in memory (0.4 MB each)
     val_clips: int = 64             # held-out clips
-    steps: int = 6000               # optimizer steps; the learning rate follows a cosine over them
+    steps: int = 6500               # optimizer steps; the learning rate follows a cosine over them
     max_minutes: float = 0.0        # stop after this long (0: never); --resume=True --steps=N then anneals and finishes
-    batch: int = 8                  # clips a step, over all ranks
+    batch: int = 4                  # clips a step, over all ranks
     window: int = 13                # frames of a training clip, 1 + 4k
     lr: float = 1e-3                # peak learning rate
     warmup: int = 100               # steps of linear warm-up
     l1: float = 0.05                # weight of the absolute error beside the squared error
     body_weight: float = 6.0        # loss weight of pixels at or next to a body, against 1 for the background
     kl: float = 1e-5                # weight of the KL divergence per latent number
-    bf16: bool = True               # convolutions in bfloat16: 1.8x on CPUs with avx512_bf16, slow on older ones
+    bf16: bool = True               # bfloat16: training steps 1.5x faster on CPUs with avx512_bf16, slow on older ones
     eval_every: int = 500           # steps between validations (and checkpoints)
     seed: int = 0                   # of everything
-    resume: bool = False            # go on from out/<run>/state.safetensors
+    resume: bool = False            # go on from out/<name>/state.safetensors
     device: str = "auto"            # auto, cuda, mps or cpu
 
 
@@ -363,7 +370,7 @@ PRESETS = {"nano": {}}
 SIZE, FRAMES = 64, 25
 
 
-def simulate(split, count, seed, chunk=50):
+def simulate(split, count, seed, chunk=500):
     """-> uint8 videos (N, 3, T, H, W) and body masks (N, T, H, W); the scenarios take turns, chunk by chunk."""
     import simdata                                                                     # only training needs the world
     videos, masks = [], []
@@ -381,7 +388,7 @@ def load_clips(cfg, rank, folder):
     path, key = f"{folder}/clips.safetensors", {"clips": cfg.clips, "val_clips": cfg.val_clips, "seed": cfg.seed}
     if rank == 0 and not (os.path.exists(path) and common.read_weights(path)[1] == key):
         video, mask = simulate("train", cfg.clips, cfg.seed)
-        val_video, val_mask = simulate("val", cfg.val_clips, cfg.seed, chunk=8)
+        val_video, val_mask = simulate("val", cfg.val_clips, cfg.seed)
         common.save_weights(path, dict(video=video, mask=mask, val_video=val_video, val_mask=val_mask), key)
     if dist.is_initialized():
         dist.barrier()
@@ -393,7 +400,7 @@ def to_float(video):
 
 
 def get_batch(cfg, data, step, rank, world):
-    """This rank's slice of the global batch of this step: video, weight (B, 1, T, H, W), noise. Depends on nothing else."""
+    """This rank's slice of the step's global batch: video, weight (B, 1, T, H, W), noise. From (seed, step)."""
     g = common.generator(cfg.seed, "vae", step)
     index = torch.randint(len(data["video"]), (cfg.batch,), generator=g)
     first = torch.randint(FRAMES - cfg.window + 1, (cfg.batch,), generator=g)
@@ -411,7 +418,7 @@ def get_batch(cfg, data, step, rank, world):
 
 @torch.no_grad()
 def evaluate(model, data, device, rank, world, precision):
-    """Mean PSNR in dB over the held-out clips, of whole frames and inside bodies; and the first four reconstructions."""
+    """Mean PSNR in dB over held-out clips, of whole frames and inside bodies; and the first four reconstructions."""
     total, shown = torch.zeros(3), None
     for i in range(rank * 4, len(data["val_video"]), world * 4):
         video = to_float(data["val_video"][i:i + 4]).to(device)
@@ -443,12 +450,12 @@ def latent_stats(model, data, device, rank, world, precision, clips=512):
 def main():
     cfg = common.parse_config(Config, sys.argv[1:], PRESETS)
     common.check_range(cfg, clips=(1, 10**6), val_clips=(1, 10**5), steps=(1, 10**8), batch=(1, 10**5), lr=(0, 1),
-                       window=(1, FRAMES), eval_every=(1, 10**8), warmup=(0, 10**8))
+                       window=(5, FRAMES), eval_every=(1, 10**8), warmup=(0, 10**8))
     device, rank, world = common.setup(cfg.device)
     if cfg.batch % world or cfg.window % 4 != 1:
         raise common.InputError(f"--batch={cfg.batch} must be a multiple of the {world} ranks, "
                                 f"--window={cfg.window} must be 1 + 4k")
-    folder = common.start_run(cfg, rank, f"out/{cfg.run}")
+    folder = common.start_run(cfg, rank, f"out/{cfg.name}")
     out, log, state = cfg.out or f"{folder}/vae.safetensors", f"{folder}/metrics.jsonl", f"{folder}/state.safetensors"
     data = load_clips(cfg, rank, folder)
 
@@ -475,7 +482,7 @@ def main():
         with precision():
             recon, mu, logvar = model(video, noise)
         error = recon - video
-        # Weights average to 1 over the rank's clips only roughly; a fixed divisor keeps ranks and batch sizes equal.
+        # Not divided by the mean weight: so the mean over ranks is exactly the mean over the global batch.
         mse = (weight * error.square()).mean()
         l1 = (weight * error.abs()).mean()
         kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).mean()
@@ -503,13 +510,14 @@ def main():
                 common.log_line(log, {"step": step, "val_psnr": whole, "val_psnr_body": inside})
                 bar.write(f"step {seen}: validation PSNR {whole:.2f} dB, inside bodies {inside:.2f} dB")
                 pairs = [v for i, r in enumerate(shown) for v in (to_float(data["val_video"][i]), r)]
-                common.write_image(f"{folder}/{seen:06d}.png", common.sheet([common.to_uint8(v) for v in pairs], every=2))
+                common.write_image(f"{folder}/{seen:06d}.png", common.sheet(list(map(common.to_uint8, pairs)), every=2))
         if ending:
             break
 
     # A signal means "end now"; running out of time means "make the best of it".
     if stop.agreed(device):
-        print(f"stopped after {seen} steps; go on with --resume=True") if rank == 0 else None
+        if rank == 0:
+            print(f"stopped after {seen} steps; go on with --resume=True")
     else:
         raw.config["latent_mean"], raw.config["latent_std"] = latent_stats(raw, data, device, rank, world, precision)
         if rank == 0:

@@ -1,0 +1,549 @@
+"""
+PhysEncoder: what the first frame tells about the physics of the scene. A frozen DINOv2 looks at the image, a small
+trainable "physical head" (the trunk of Depth Anything's DPT) turns its features into the DiT's physical tokens.
+
+    python encoder.py                     # pretrain the nano backbone on simulated depth, two CPU cores
+    python encoder.py --resume=True       # go on after a stop, bit-exactly
+    torchrun --nproc_per_node=8 encoder.py --batch=256 --steps=20000 --scenes=100000
+
+writes out/encoder/backbone.safetensors (config inside), depth_head.safetensors, metrics.jsonl and depth.png: image,
+true and predicted inverse depth of validation scenes. To use the encoder alone, in somebody else's pipeline:
+
+    small = CONFIGS["depth_anything_v2_vits"]
+    encoder = load_phys_encoder("depth_anything_v2_vits.pth", config=small | {"out_dim": 768})
+    encoder = load_phys_encoder("data/backbone.safetensors", config={"out_dim": 768})      # nano; the head is random
+    tokens = encoder(image, grid=(8, 8))  # (B, 3, H, W) in [-1, 1] -> (B, 64, 768)
+
+Networks and parameter names: DINOv2 (arXiv 2304.07193), registers (2309.16588), Depth Anything V2 (2406.09414).
+"""
+import math
+import os
+import re
+import sys
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import common
+from common import InputError
+
+# image_size: the grid of pos_embed in pixels. input_size: what PhysEncoder resizes the image's shorter side to; any
+# multiple of the patch will do. layers: the blocks that the DPT reads. features, out_channels: widths of the DPT.
+CONFIGS = {
+    "nano": dict(image_size=112, input_size=112, patch_size=14, dim=192, depth=6, heads=3, registers=0,
+                 layers=[1, 2, 4, 5], features=32, out_channels=[24, 48, 96, 96]),
+    "dinov2_vits14": dict(image_size=518, input_size=518, patch_size=14, dim=384, depth=12, heads=6, registers=0,
+                          layers=[2, 5, 8, 11], features=64, out_channels=[48, 96, 192, 384]),
+    "dinov2_vitb14": dict(image_size=518, input_size=518, patch_size=14, dim=768, depth=12, heads=12, registers=0,
+                          layers=[2, 5, 8, 11], features=128, out_channels=[96, 192, 384, 768]),
+    "dinov2_vitl14": dict(image_size=518, input_size=518, patch_size=14, dim=1024, depth=24, heads=16, registers=0,
+                          layers=[4, 11, 17, 23], features=256, out_channels=[256, 512, 1024, 1024]),
+}
+CONFIGS |= {f"{name}_reg4": config | {"registers": 4} for name, config in CONFIGS.items()}
+CONFIGS |= {f"depth_anything_v2_vit{s}": CONFIGS[f"dinov2_vit{s}14"] for s in "sbl"}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the backbone
+
+class Attention(nn.Module):
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):                                                              # (B, L, D)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)     # (B, heads, L, D/heads)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class LayerScale(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads)
+        self.ls1 = LayerScale(dim)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
+        self.ls2 = LayerScale(dim)
+
+    def forward(self, x):
+        x = x + self.ls1(self.attn(self.norm1(x)))
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+class DINOv2(nn.Module):
+    """The ViT of DINOv2, with the parameter names of facebookresearch/dinov2.
+
+    forward(image (B, 3, H, W) in [-1, 1]) -> (features, cls): for each block of config["layers"] its patch tokens after
+    the final norm (B, H/14 * W/14, D), as in get_intermediate_layers, and the class token of the last block (B, D).
+    Raises InputError unless H and W are multiples of the patch size."""
+    RENAMES = [                                                                        # transformers -> official
+        (r"embeddings\.patch_embeddings\.projection", "patch_embed.proj"),
+        (r"embeddings\.position_embeddings", "pos_embed"),
+        (r"embeddings\.(cls_token|mask_token|register_tokens)", r"\1"), (r"encoder\.layer\.", "blocks."),
+        (r"attention\.attention\.query", "attn.qkv"), (r"attention\.output\.dense", "attn.proj"),
+        (r"layer_scale(\d)\.lambda1", r"ls\1.gamma"), (r"layernorm\.", "norm."),
+    ]
+
+    def __init__(self, config):
+        super().__init__()
+        D, self.patch, self.layers = config["dim"], config["patch_size"], config["layers"]
+        self.cls_token = nn.Parameter(torch.empty(1, 1, D))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + (config["image_size"] // self.patch) ** 2, D))
+        self.register_tokens = nn.Parameter(torch.empty(1, config["registers"], D)) if config["registers"] else None
+        # only DINOv2's own pretraining masks patches; a parameter without a gradient would stop DDP
+        self.mask_token = nn.Parameter(torch.zeros(1, D), requires_grad=False)
+        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, D, self.patch, stride=self.patch)))
+        self.blocks = nn.ModuleList(Block(D, config["heads"]) for _ in range(config["depth"]))
+        self.norm = nn.LayerNorm(D, eps=1e-6)
+        for tokens in filter(None.__ne__, (self.cls_token, self.pos_embed, self.register_tokens)):
+            nn.init.trunc_normal_(tokens, std=0.02)
+        for linear in (m for m in self.modules() if isinstance(m, nn.Linear)):
+            nn.init.trunc_normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+
+    def convert(self, tensors):
+        """Other layouts -> ours: transformers' names, and the backbone inside of a Depth Anything file."""
+        inside = {k.split(".", 1)[1]: v for k, v in tensors.items() if k.startswith(("pretrained.", "backbone."))}
+        return to_official(inside or tensors, self.RENAMES)
+
+    def positions(self, gh, gw):
+        """pos_embed for a grid of gh x gw patches: (1, 1 + gh * gw, D). Each family has its own way to resize it."""
+        cls, grid = self.pos_embed[:, :1], self.pos_embed[:, 1:]
+        M = math.isqrt(grid.shape[1])
+        if (gh, gw) == (M, M):
+            return self.pos_embed
+        grid = grid.float().unflatten(1, (M, M)).permute(0, 3, 1, 2)                   # (1, D, M, M)
+        if self.register_tokens is None:
+            # the first release nudged the scale by 0.1 patches to get round a rounding error, and its weights expect it
+            grid = F.interpolate(grid, scale_factor=((gh + 0.1) / M, (gw + 0.1) / M), mode="bicubic")
+        else:
+            grid = F.interpolate(grid, size=(gh, gw), mode="bicubic", antialias=True)
+        return torch.cat([cls, grid.flatten(2).mT.to(cls.dtype)], dim=1)
+
+    def forward(self, image):
+        B, C, H, W = image.shape
+        if C != 3 or H % self.patch or W % self.patch:
+            raise InputError(f"image is {C}x{H}x{W}; expected 3 channels and sides that are multiples of {self.patch}")
+        mean, std = image.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]      # ImageNet's
+        x = self.patch_embed(((image + 1) / 2 - mean) / std).flatten(2).mT             # (B, L, D)
+        x = torch.cat([self.cls_token.expand(B, -1, -1), x], dim=1) + self.positions(H // self.patch, W // self.patch)
+        first = 1
+        if self.register_tokens is not None:                                           # they have no position
+            x = torch.cat([x[:, :1], self.register_tokens.expand(B, -1, -1), x[:, 1:]], dim=1)
+            first += self.register_tokens.shape[1]
+        features = []
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if i in self.layers:
+                features.append(self.norm(x)[:, first:])                               # (B, L, D)
+        return features, self.norm(x[:, 0])
+
+
+def to_official(tensors, renames):
+    """transformers keeps query, key and value apart, the official files as one qkv; the rest is a matter of names."""
+    official = {}
+    for key, value in tensors.items():
+        if re.search(r"attention\.(key|value)\.", key):
+            continue
+        if ".query." in key:
+            value = torch.cat([tensors[key.replace("query", part)] for part in ("query", "key", "value")])
+        for pattern, replacement in renames:
+            key = re.sub(pattern, replacement, key)
+        official[key] = value
+    return official
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the DPT trunk and its two heads
+
+class ResidualConvUnit(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.conv1 = nn.Conv2d(dim, dim, 3, padding=1)
+        self.conv2 = nn.Conv2d(dim, dim, 3, padding=1)
+
+    def forward(self, x):
+        return x + self.conv2(F.relu(self.conv1(F.relu(x))))
+
+
+class FeatureFusion(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.resConfUnit1 = ResidualConvUnit(dim)
+        self.resConfUnit2 = ResidualConvUnit(dim)
+        self.out_conv = nn.Conv2d(dim, dim, 1)
+
+    def forward(self, x, size, skip=None):
+        if skip is not None:
+            x = x + self.resConfUnit1(skip)
+        # officially the 1x1 convolution comes last; the two commute (bilinear weights sum to 1), this costs a quarter
+        return F.interpolate(self.out_conv(self.resConfUnit2(x)), size, mode="bilinear", align_corners=True)
+
+
+class DPT(nn.Module):
+    """Depth Anything V2's DPT up to the output convolutions, under the official names.
+
+    trunk(features: 4 x (B, gh * gw, D), patch_grid=(gh, gw)) -> (B, config["features"], 8 gh, 8 gw)."""
+    def __init__(self, config):
+        super().__init__()
+        D, width, channels = config["dim"], config["features"], config["out_channels"]
+        self.projects = nn.ModuleList(nn.Conv2d(D, c, 1) for c in channels)
+        # the ViT has one resolution; a convolutional pyramid of x4, x2, x1 and x1/2 is made of it
+        a, b, _, d = channels
+        self.resize_layers = nn.ModuleList([
+            nn.ConvTranspose2d(a, a, 4, stride=4), nn.ConvTranspose2d(b, b, 2, stride=2),
+            nn.Identity(), nn.Conv2d(d, d, 3, stride=2, padding=1)])
+        self.scratch = nn.ModuleDict({f"layer{i + 1}_rn": nn.Conv2d(c, width, 3, padding=1, bias=False)
+                                      for i, c in enumerate(channels)})
+        self.scratch.update({f"refinenet{i}": FeatureFusion(width) for i in (1, 2, 3, 4)})
+        self.scratch.refinenet4.resConfUnit1.requires_grad_(False)                     # in every file, but never used
+        # PyTorch's default shrinks a ReLU network's signal and lets the biases win: all tokens would start out alike
+        for conv in (m for m in self.modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))):
+            nn.init.kaiming_normal_(conv.weight, mode="fan_in", nonlinearity="linear")
+            if conv.bias is not None:
+                nn.init.zeros_(conv.bias)
+
+    def trunk(self, features, patch_grid):
+        pyramid = [resize(project(x.mT.unflatten(2, patch_grid)))                      # (B, channels[i], h_i, w_i)
+                   for x, project, resize in zip(features, self.projects, self.resize_layers)]
+        one, two, three, four = (self.scratch[f"layer{i + 1}_rn"](x) for i, x in enumerate(pyramid))
+        x = self.scratch.refinenet4(four, three.shape[2:])
+        x = self.scratch.refinenet3(x, two.shape[2:], three)
+        x = self.scratch.refinenet2(x, one.shape[2:], two)
+        return self.scratch.refinenet1(x, [2 * n for n in one.shape[2:]], one)
+
+
+class DepthHead(DPT):
+    """forward(features, patch_grid) -> inverse depth (B, 14 gh, 14 gw), >= 0, up to an unknown scale and shift."""
+    def __init__(self, config):
+        super().__init__(config)
+        width, self.patch = config["features"], config["patch_size"]
+        self.scratch["output_conv1"] = nn.Conv2d(width, width // 2, 3, padding=1)
+        self.scratch["output_conv2"] = nn.Sequential(nn.Conv2d(width // 2, 32, 3, padding=1), nn.ReLU(),
+                                                     nn.Conv2d(32, 1, 1), nn.ReLU())
+        nn.init.ones_(self.scratch.output_conv2[2].bias)                               # a dead ReLU cannot learn
+
+    def forward(self, features, patch_grid):
+        x = self.scratch.output_conv1(self.trunk(features, patch_grid))
+        x = F.interpolate(x, [self.patch * n for n in patch_grid], mode="bilinear", align_corners=True)
+        return self.scratch.output_conv2(x)[:, 0]
+
+
+class PhysicalHead(DPT):
+    """forward(features, patch_grid, grid) -> physical tokens (B, grid[0] * grid[1], config["out_dim"])."""
+    def __init__(self, config):
+        super().__init__(config)
+        # The tokens join the DiT's own patch tokens. Much larger ones would take the attention over before they mean
+        # anything, much smaller ones would hardly be seen: norm and weight start them at a std of 0.5, any backbone.
+        self.norm = nn.LayerNorm(config["features"])
+        self.proj = nn.Linear(config["features"], config["out_dim"])
+        nn.init.normal_(self.proj.weight, std=0.5 / math.sqrt(config["features"]))
+        nn.init.zeros_(self.proj.bias)
+
+    def forward(self, features, patch_grid, grid):
+        x = F.adaptive_avg_pool2d(self.trunk(features, patch_grid), grid)              # (B, features, *grid)
+        return self.proj(self.norm(x.flatten(2).mT))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# backbone + head
+
+def resize(image, size, patch):
+    """(B, 3, H, W) -> shorter side `size`, the aspect ratio kept as well as multiples of the patch allow."""
+    H, W = image.shape[-2:]
+    new = [max(1, round(n * size / min(H, W) / patch)) * patch for n in (H, W)]
+    return image if new == [H, W] else F.interpolate(image, new, mode="bicubic", antialias=True).clamp(-1, 1)
+
+
+class DepthAnything(nn.Module):
+    """Depth Anything V2: image (B, 3, H, W) in [-1, 1], sides multiples of 14 -> relative inverse depth (B, H, W)."""
+    RENAMES = [
+        *DINOv2.RENAMES, (r"^backbone\.", "pretrained."), (r"^head\.conv1", "depth_head.scratch.output_conv1"),
+        (r"^head\.conv2", "depth_head.scratch.output_conv2.0"), (r"^head\.conv3", "depth_head.scratch.output_conv2.2"),
+        (r"^neck\.reassemble_stage\.layers\.(\d)\.projection", r"depth_head.projects.\1"),
+        (r"^neck\.reassemble_stage\.layers\.(\d)\.resize", r"depth_head.resize_layers.\1"),
+        *((rf"^neck\.convs\.{i}", f"depth_head.scratch.layer{i + 1}_rn") for i in range(4)),
+        *((rf"^neck\.fusion_stage\.layers\.{i}", f"depth_head.scratch.refinenet{4 - i}") for i in range(4)),
+        (r"residual_layer(\d)\.convolution", r"resConfUnit\1.conv"), (r"(refinenet\d)\.projection", r"\1.out_conv"),
+    ]
+
+    def __init__(self, config):
+        super().__init__()
+        self.pretrained = DINOv2(config)
+        self.depth_head = DepthHead(config)
+
+    def convert(self, tensors):
+        return to_official(tensors, self.RENAMES)
+
+    def forward(self, image):
+        features, _ = self.pretrained(image)
+        return self.depth_head(features, [n // self.pretrained.patch for n in image.shape[-2:]])
+
+
+class PhysEncoder(nn.Module):
+    """Frozen DINOv2 (`backbone`) + trainable physical head (`head`). config: an entry of CONFIGS and `out_dim`.
+
+    forward(image (B, 3, H, W) in [-1, 1] of any size, grid=(gh, gw)) -> (B, gh * gw, out_dim), row by row.
+    `features` and `head` can be called apart, for instance to run one backbone pass for a policy and its reference."""
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.backbone = DINOv2(config).eval().requires_grad_(False)
+        self.head = PhysicalHead(config)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
+    @torch.no_grad()
+    def features(self, image):
+        """-> (4 x (B, h * w, D), the patch grid (h, w)): the arguments of `head` before `grid`."""
+        image = resize(image, self.config["input_size"], self.backbone.patch)
+        return self.backbone(image)[0], [n // self.backbone.patch for n in image.shape[-2:]]
+
+    def forward(self, image, grid):
+        return self.head(*self.features(image), grid)
+
+
+def load_phys_encoder(backbone_path, head_path=None, config=None):
+    """-> PhysEncoder on the CPU. Without head_path the head is random.
+
+    The configuration is the one in the files' metadata, updated with `config`: {"out_dim": 768} is enough for files of
+    ours, published ones need CONFIGS[name] | {"out_dim": 768}. Raises InputError if that is incomplete or misfits."""
+    files = [common.read_weights(path)[1] for path in (backbone_path, head_path) if path]
+    merged = {k: v for part in (*files, config or {}) for k, v in part.items()}
+    lacking = {*CONFIGS["nano"], "out_dim"} - merged.keys()
+    if lacking:
+        raise InputError(f"{backbone_path} does not say its {', '.join(sorted(lacking))}; give config=CONFIGS[name] | "
+                         '{"out_dim": width of the DiT}')
+    encoder = PhysEncoder(merged)
+    common.load_weights(encoder.backbone, backbone_path)
+    if head_path:
+        common.load_weights(encoder.head, head_path)
+    return encoder
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# pretraining on simulated depth
+
+@dataclass
+class Config:
+    name: str = "encoder"           # the results go to out/<name>/ (torchrun claims --run for itself)
+    model: str = "nano"             # a name in CONFIGS; trained from scratch
+    scenes: int = 4000              # training images, one per scene, spread evenly over the scenarios
+    val_scenes: int = 256           # validation images, from the split "val"
+    size: int = 64                  # pixels of the rendered images; the encoder resizes them
+    steps: int = 1500               # optimizer steps
+    batch: int = 32                 # global batch size, a multiple of the number of ranks
+    lr: float = 5e-4                # peak learning rate (AdamW)
+    warmup: int = 100               # steps of linear warm-up; a cosine to zero follows
+    weight_decay: float = 0.05      # on matrices only
+    log_every: int = 10             # steps
+    eval_every: int = 250           # steps; validation
+    save_every: int = 250           # steps; the state that --resume needs
+    seed: int = 0                   # data order, augmentation and initial weights
+    resume: bool = False            # go on from out/<run>/state.safetensors
+    device: str = "auto"            # auto, cuda, mps or cpu
+
+
+PRESETS = {"nano": {}}
+
+
+def render(scenes, seed, split, size):
+    """First frames of `scenes` scenes -> image (N, 3, H, W) uint8, depth (N, H, W) in metres, mask (N, H, W) uint8."""
+    import simdata                                                                     # PhysEncoder needs no simulator
+    names = list(simdata.SCENARIOS)
+    counts = [scenes // len(names) + (i < scenes % len(names)) for i in range(len(names))]
+    chunks = [(name, min(100, n - start), start) for name, n in zip(names, counts) for start in range(0, n, 100)]
+    parts = {"image": [], "depth": [], "mask": []}
+    for name, n, start in tqdm(chunks, desc=f"rendering {split} scenes"):
+        clips = simdata.make_batch(name, n, seed, split=split, frames=1, size=size, start=start)
+        parts["image"].append(((clips["video"][:, :, 0] + 1) * 127.5).round().byte())
+        parts["depth"].append(clips["depth"][:, 0])
+        parts["mask"].append(clips["mask"][:, 0])
+    return {k: torch.cat(v) for k, v in parts.items()}
+
+
+def cached(path, rank, resume, **what):
+    """render(**what), kept in a file for --resume; rank 0 makes it, all ranks read it."""
+    if rank == 0 and not (resume and os.path.exists(path) and common.read_weights(path)[1] == what):
+        common.save_weights(path, render(**what), what)
+    if dist.is_initialized():
+        dist.barrier()
+    return common.read_weights(path)[0]
+
+
+def ssi_loss(pred, depth):
+    """Scale-and-shift-invariant loss on inverse depth: pred (B, H, W), depth (B, H, W) in metres -> (B,).
+
+    Both are brought to median 0 and mean absolute deviation 1 over the pixels with a finite depth; then L1 on values
+    and, at three scales, on their differences (as in MiDaS, arXiv 1907.01341; Depth Anything trains with it)."""
+    valid = depth.isfinite() & (depth > 0)
+    n = valid.sum((1, 2), keepdim=True).clamp(min=1)
+
+    def standard(d):
+        median = d.masked_fill(~valid, torch.nan).flatten(1).nanmedian(1).values[:, None, None]
+        d = torch.where(valid, d - median, 0)
+        return d / (d.abs().sum((1, 2), keepdim=True) / n).clamp(min=1e-6)
+    error = standard(pred) - standard(torch.where(valid, 1 / depth, 0))                # 0 where no depth is known
+    loss = error.abs().sum((1, 2)) / n[:, 0, 0]
+    for step in (1, 2, 4):
+        e, v = error[:, ::step, ::step], valid[:, ::step, ::step]
+        for axis in (1, 2):
+            both = v.narrow(axis, 1, v.shape[axis] - 1) & v.narrow(axis, 0, v.shape[axis] - 1)
+            loss = loss + 0.5 * (e.diff(dim=axis).abs() * both).sum((1, 2)) / v.sum((1, 2)).clamp(min=1)
+    return loss
+
+
+def align(pred, depth):
+    """Scale and shift pred to 1 / depth by least squares over each image's known pixels, (B, H, W) -> (B, H, W)."""
+    valid = (depth.isfinite() & (depth > 0)).float()
+
+    def mean(x):
+        return (x * valid).sum((1, 2), keepdim=True) / valid.sum((1, 2), keepdim=True).clamp(min=1)
+    true = torch.where(valid > 0, 1 / depth, 0)
+    pred = pred - mean(pred)
+    return pred * mean(pred * true) / mean(pred * pred).clamp(min=1e-12) + mean(true)
+
+
+def abs_rel(pred, depth, mask):
+    """Mean of |d - depth| / depth, d the aligned prediction, over (all pixels, body pixels): (B, 2), NaN if none."""
+    error = (1 / align(pred, depth).clamp(min=0.01) - depth).abs() / depth             # nothing is farther than 100 m
+    error = error.masked_fill(~(depth.isfinite() & (depth > 0)), torch.nan)
+    return torch.stack([error.nanmean((1, 2)), error.masked_fill(mask == 0, torch.nan).nanmean((1, 2))], dim=1)
+
+
+@torch.no_grad()
+def predict(model, image, size, device):
+    """uint8 images (N, 3, H, W) -> inverse depth (N, H, W) on the CPU, 64 images at a time."""
+    out = []
+    for part in image.split(64):
+        with common.autocast(device):
+            pred = model(resize(part.to(device).float() / 127.5 - 1, size, model.pretrained.patch))
+        out.append(F.interpolate(pred.float()[:, None], image.shape[-2:], mode="bilinear")[:, 0].cpu())
+    return torch.cat(out)
+
+
+def draw(path, image, depth, pred):
+    """A PNG: image | true | predicted inverse depth, a scene a row, near is bright."""
+    true = torch.where(depth.isfinite() & (depth > 0), 1 / depth, 0)
+    high = true.flatten(1).amax(1)[:, None, None]
+    grey = [(d / high).clamp(0, 1).mul(255).byte()[:, None].expand_as(image) for d in (true, align(pred, depth))]
+    rows = torch.cat([image, *grey], dim=3).permute(0, 2, 3, 1).flatten(0, 1)          # (N * H, 3 * W, 3)
+    common.write_image(path, np.ascontiguousarray(rows.numpy().repeat(2, 0).repeat(2, 1)))
+
+
+def main():
+    cfg = common.parse_config(Config, sys.argv[1:], PRESETS)
+    common.check_range(cfg, scenes=(1, 10**7), val_scenes=(1, 10**5), size=(16, 1024), steps=(1, 10**7),
+                       batch=(1, 10**5), lr=(0, 1), warmup=(0, 10**6), weight_decay=(0, 1), log_every=(1, 10**6),
+                       eval_every=(1, 10**6), save_every=(1, 10**6))
+    if cfg.model not in CONFIGS:
+        raise InputError(f"--model={cfg.model} is unknown; there are: {', '.join(CONFIGS)}")
+    device, rank, world = common.setup(cfg.device)
+    if cfg.batch % world:
+        raise InputError(f"--batch={cfg.batch} is no multiple of the {world} ranks")
+    folder = common.start_run(cfg, rank, f"out/{cfg.name}")
+    state, log = f"{folder}/state.safetensors", f"{folder}/metrics.jsonl"
+    what = dict(rank=rank, resume=cfg.resume, seed=cfg.seed, size=cfg.size)
+    train = cached(f"{folder}/train.safetensors", scenes=cfg.scenes, split="train", **what)
+    val = cached(f"{folder}/val.safetensors", scenes=cfg.val_scenes, split="val", **what)
+
+    common.seed_everything(cfg.seed)
+    model = DepthAnything(CONFIGS[cfg.model]).to(device)
+    params = [p for p in model.parameters() if p.requires_grad]
+    matrices, vectors = [p for p in params if p.ndim >= 2], [p for p in params if p.ndim < 2]
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": cfg.weight_decay},
+                                   {"params": vectors, "weight_decay": 0.0}], betas=(0.9, 0.99))
+    start = 0
+    if cfg.resume:
+        start = common.load_state(state, {"model": model}, optimizer)
+    if rank == 0:
+        common.trim_log(log, start)
+    net = DistributedDataParallel(model) if world > 1 else model
+    input_size, patch, stop = CONFIGS[cfg.model]["input_size"], model.pretrained.patch, common.Stop()
+
+    # What an image-blind guess scores under the same alignment: the mean inverse depth map of the training scenes.
+    blind = torch.where(train["depth"] > 0, 1 / train["depth"], 0).mean(0).expand_as(val["depth"])
+    baseline = abs_rel(blind, val["depth"], val["mask"]).nanmean(0)
+
+    def evaluate(step):
+        pred = predict(model, val["image"], input_size, device)                        # the raw module, on every rank
+        if rank == 0:
+            score = abs_rel(pred, val["depth"], val["mask"]).nanmean(0)
+            common.log_line(log, {"step": step, "val_loss": ssi_loss(pred, val["depth"]).mean().item(),
+                                  "abs_rel": score[0].item(), "abs_rel_bodies": score[1].item(),
+                                  "abs_rel_blind": baseline[0].item(), "abs_rel_blind_bodies": baseline[1].item()})
+            print(f"step {step}: AbsRel {score[0]:.4f} (blind {baseline[0]:.4f}), "
+                  f"on bodies {score[1]:.4f} (blind {baseline[1]:.4f})")
+            pick = torch.linspace(0, len(pred) - 1, 8).long()
+            draw(f"{folder}/depth.png", val["image"][pick], val["depth"][pick], pred[pick])
+
+    progress = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, desc="pretraining", disable=rank > 0)
+    for step in progress:
+        # every draw is a function of the step, for the global batch; each rank takes its slice of it
+        g = common.generator(cfg.seed, "encoder", step)
+        index = torch.randint(len(train["image"]), (cfg.batch,), generator=g)[rank::world]
+        flip = torch.rand(cfg.batch, generator=g)[rank::world] < 0.5
+        gain, bias = (0.2 * torch.rand(2, cfg.batch, 3, 1, 1, generator=g) - 0.1)[:, rank::world]
+        image, depth = train["image"][index].float() / 127.5 - 1, train["depth"][index]
+        image = torch.where(flip[:, None, None, None], image.flip(3), image) * (1 + gain) + bias
+        depth = torch.where(flip[:, None, None], depth.flip(2), depth).to(device)
+        image = resize(image.clamp(-1, 1).to(device), input_size, patch)               # (B, 3, 112, 112)
+
+        lr = cfg.lr * min((step + 1) / max(cfg.warmup, 1), 0.5 + 0.5 * math.cos(math.pi * step / cfg.steps))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        with common.autocast(device):
+            pred = net(image)
+        pred = F.interpolate(pred.float()[:, None], depth.shape[-2:], mode="bilinear")[:, 0]
+        loss = ssi_loss(pred, depth).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+
+        if step % cfg.log_every == 0:
+            value = common.average(loss.item(), device)
+            if rank == 0:
+                common.log_line(log, {"step": step, "loss": value, "lr": lr, "grad_norm": norm.item()})
+                progress.set_postfix(loss=f"{value:.3f}")
+        done, stopped = step + 1, stop.agreed(device)
+        if done % cfg.save_every == 0 or done == cfg.steps or stopped:
+            if rank == 0:
+                common.save_state(state, done, {"model": model}, optimizer)
+        if done % cfg.eval_every == 0 or done == cfg.steps:
+            evaluate(step)
+        if stopped:
+            print(f"stopped after step {step}; --resume=True goes on")
+            break
+    else:
+        if rank == 0:
+            common.save_weights(f"{folder}/backbone.safetensors", model.pretrained, CONFIGS[cfg.model], torch.bfloat16)
+            common.save_weights(f"{folder}/depth_head.safetensors", model.depth_head, CONFIGS[cfg.model])
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    common.run(main)

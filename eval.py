@@ -1,0 +1,383 @@
+"""
+How physical is it? A parser that finds each body in a video again, metrics on what it finds, the rows that say what a
+number means (truth re-parsed, VAE round trip, jittered truth, static, teleport), and 95 % intervals.
+
+    python eval.py                                  # the table on 512 validation scenes, seen and unseen
+    python eval.py --split=test --n=512 --json=out/eval.json
+    python eval.py --ckpt=out/sft/dit.safetensors --head=out/sft/head1.safetensors
+
+The parser knows the first frame and its masks, never the truth's future; its own error is the row "truth re-parsed".
+Metrics that PISA (2503.09595), phyworld (2411.02385) or Physics-IQ (2501.09038) define keep their definition; the
+others are defined where they are computed. Times are frames, lengths pixels, `traj_l2` and PISA's are over the diagonal.
+"""
+import dataclasses
+import json
+import math
+import sys
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import common
+import sample
+import simdata
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the parser: bodies are colourful, floors and walls are grey. Every body is found by its hue, then matted.
+
+def parse(video, image, mask, count):
+    """Find the bodies of the first frame in every frame of a video.
+
+    video (B, 3, T, H, W) in [-1, 1]; image (B, 3, H, W), the given first frame; mask (B, H, W) uint8, its bodies 1..count.
+    -> alpha (B, T, N, H, W) in [0, 1]: how much of each pixel is body k; zero where there is none."""
+    B, _, T, H, W = video.shape
+    rgb, first = (video.float().transpose(1, 2) + 1) / 2, (image.float() + 1) / 2                           # (B, T, 3, H, W)
+    own = torch.stack([mask == k + 1 for k in range(count)], 1).float()                                     # (B, N, H, W)
+    chroma = lambda c: c - c.mean(-3, keepdim=True)
+    # one hue direction and one saturation a body, from its pixels in frame 0, weighted to the clean inner ones
+    inner = -F.max_pool2d(-own, 3, 1, 1)
+    inner = torch.where(inner.sum((2, 3), keepdim=True) >= 4, inner, own)
+    mean = torch.einsum("bnhw,bchw->bnc", inner, chroma(first)) / inner.sum((2, 3))[..., None].clamp_min(1)
+    value = (inner * first.amax(1, keepdim=True)).sum((2, 3)) / inner.sum((2, 3)).clamp_min(1)              # (B, N)
+    hue = F.normalize(mean, dim=-1)
+    saturation = mean.norm(dim=-1) / value.clamp_min(1e-3)
+
+    c = chroma(rgb)
+    along = torch.einsum("bnc,btchw->btnhw", hue, c)                                                        # (B, T, N, H, W)
+    length = c.norm(dim=2)[:, :, None]
+    ratio = along / rgb.amax(2, keepdim=True).clamp_min(0.02) / saturation[:, None, :, None, None].clamp_min(1e-3)
+    best = along == along.amax(2, keepdim=True)
+    exists = (own.sum((2, 3)) > 0)[:, None, :, None, None]
+    solid = best & exists & (ratio > 0.65) & (along > 0.93 * length) & (length > 0.04)                      # surely body k
+    empty = ~solid.any(2, keepdim=True) & (ratio.amax(2, keepdim=True) < 0.3)                               # surely none
+
+    # between the two lies the edge: how far is the pixel from the background's colour around it to the body's?
+    def around(weight):                            # (B, T, M, H, W) -> mean colour of those pixels near by, and if any
+        w = weight.float().flatten(0, 1)
+        box = lambda x: F.avg_pool2d(x, 3, 1, 1)
+        total = box(w)
+        color = torch.stack([box(w * rgb.flatten(0, 1)[:, i:i + 1]) for i in range(3)], 2) / total[:, :, None].clamp_min(1e-6)
+        return color.unflatten(0, (B, T)), (total > 0).unflatten(0, (B, T))                                 # (B, T, M, 3, H, W)
+
+    body, near = around(solid)
+    ground, clear = around(empty)
+    span = body - ground
+    alpha = ((rgb[:, :, None] - ground) * span).sum(3) / span.square().sum(3).clamp_min(1e-4)
+    return torch.where(solid, 1.0, torch.where(near & clear & ~solid.any(2, keepdim=True), alpha.clamp(0, 1), 0.0))
+
+
+def centroids(alpha):
+    """(..., H, W) weights -> (..., 2) centre in pixels (x, y), pixel centres at +0.5; NaN where nothing is."""
+    H, W = alpha.shape[-2:]
+    alpha = alpha.float()
+    total = alpha.sum((-2, -1))
+    x = (alpha.sum(-2) * (torch.arange(W, device=alpha.device) + 0.5)).sum(-1)
+    y = (alpha.sum(-1) * (torch.arange(H, device=alpha.device) + 0.5)).sum(-1)
+    return torch.stack([x, y], -1) / torch.where(total > 1, total, torch.nan)[..., None]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the published metrics
+
+def pisa(pred, true):
+    """PISA's three numbers for one body: bool masks (T, H, W) -> dict(l2, chamfer, iou), exactly as its code has them.
+
+    "l2" is mean(|dx|, |dy|) over sqrt(2) H and skips frames in which either mask is empty (NaN if all are); chamfer is
+    the sum of both mean nearest distances over sqrt(2) H, skipped likewise; iou counts 1 where both are empty."""
+    scale = math.sqrt(2) * pred.shape[1]
+    both = pred.flatten(1).any(1) & true.flatten(1).any(1)
+    moved = []
+    chamfer = []
+    for p, t in zip(pred[both], true[both]):
+        p, t = p.nonzero().float(), t.nonzero().float()
+        moved.append((p.mean(0) - t.mean(0)).abs().mean() / scale)
+        distance = torch.cdist(p, t, compute_mode="donot_use_mm_for_euclid_dist")
+        chamfer.append((distance.amin(1).mean() + distance.amin(0).mean()) / scale)
+    union = (pred | true).flatten(1).sum(1)
+    iou = torch.where(union > 0, (pred & true).flatten(1).sum(1) / union.clamp_min(1), 1.0)
+    mean = lambda x: torch.stack(x).mean().item() if x else math.nan
+    return dict(l2=mean(moved), chamfer=mean(chamfer), iou=iou.mean().item())
+
+
+def _motion(video):
+    """Physics-IQ's motion masks of videos (B, 3, T, H, W) in [-1, 1] -> bool (B, T, H, W); the first is empty."""
+    grey = (video.float() + 1) * 127.5
+    grey = (grey * torch.tensor([0.299, 0.587, 0.114], device=video.device).view(1, 3, 1, 1, 1)).sum(1)    # (B, T, H, W)
+    g = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0], device=video.device) / 16            # OpenCV's 5-tap Gaussian
+    grey = F.conv2d(F.pad(grey.flatten(0, 1)[:, None], (2, 2, 2, 2), mode="reflect"), (g[:, None] * g)[None, None])
+    grey = grey.view(video.shape[0], video.shape[2], *video.shape[3:])
+    dilate = lambda m: F.max_pool2d(m, 5, 1, 2)
+    erode = lambda m: -dilate(-m)
+    background, masks = grey[:, 0], [torch.zeros_like(grey[:, 0], dtype=torch.bool)]
+    for t in range(1, grey.shape[1]):
+        moving = ((grey[:, t] - background).abs() > 10).float()[:, None]
+        masks.append(erode(dilate(dilate(erode(moving))))[:, 0] > 0.5)               # open, then close
+        background = 0.7 * background + 0.3 * grey[:, t]
+    return torch.stack(masks, 1)
+
+
+def physics_iq(pred, true):
+    """Physics-IQ's four raw measures of videos (B, 3, T, H, W) in [-1, 1] -> dict of (B,).
+
+    mse on [0, 1] RGB; spatial_iou of "did it ever move here"; spatiotemporal_iou per frame, both empty = 1;
+    weighted_spatial_iou by how often. At 64 px they are not comparable with its leaderboard."""
+    a, b = _motion(pred), _motion(true)
+    iou = lambda x, y, dims: torch.where((x | y).sum(dims) > 0, (x & y).sum(dims) / (x | y).sum(dims).clamp_min(1), 1.0)
+    wa, wb = a.float().mean(1), b.float().mean(1)
+    total = torch.maximum(wa, wb).sum((1, 2))
+    return dict(mse=((pred - true).float() / 2).square().mean((1, 2, 3, 4)), spatial_iou=iou(a.any(1), b.any(1), (1, 2)),
+                spatiotemporal_iou=iou(a, b, (2, 3)).mean(1),
+                weighted_spatial_iou=torch.where(total > 0, torch.minimum(wa, wb).sum((1, 2)) / total.clamp_min(1e-9), 1.0))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# our own, beside them
+
+def phases(batch, fps):
+    """When is each body in flight, past its first contact, at rest? -> three bool (B, T, N), from the simulator's state."""
+    v = batch["velocity"]
+    time = torch.arange(v.shape[1], device=v.device) / fps
+    free = batch["gravity"][:, None, None] * time[None, :, None, None]
+    touched = ((v - free).norm(dim=-1) > 0.05).cummax(1).values                      # left the ballistic path
+    still = (v.norm(dim=-1) < 0.05) & (batch["angular_velocity"].norm(dim=-1) < 0.3) & touched
+    rest = still.flip(1).int().cummin(1).values.flip(1).bool()                       # and stays so to the end
+    return ~touched, touched & ~rest, rest
+
+
+def laws(track, flight):
+    """Of vertical tracks y (K, T), pixels down, and flight (K, T) bool (true before the first contact) ->
+
+    g (K,) px/frame^2, a quadratic fit to the flight; contact (K,) frames, when the fall first turns, by parabola through
+    the lowest frame; bounce (K,), the largest upward speed after it over the largest downward speed before it."""
+    K, T = track.shape
+    t = torch.arange(T, dtype=torch.float64, device=track.device)
+    w = (flight & track.isfinite()).double()
+    y = torch.nan_to_num(track).double()
+    A = torch.stack([t * t / 2, t, torch.ones_like(t)], -1)                                                 # (T, 3)
+    normal = torch.einsum("kt,ti,tj->kij", w, A, A) + 1e-9 * torch.eye(3, device=track.device)
+    g = torch.linalg.solve(normal, torch.einsum("kt,ti,kt->ki", w, A, y))[:, 0]
+    g = torch.where(w.sum(1) >= 4, g, torch.nan)                                     # fewer frames fit anything
+    v = track[:, 1:] - track[:, :-1]                                                                        # (K, T-1)
+    fast = torch.nan_to_num(v, nan=-torch.inf).cummax(1).values
+    turned = (v < 0.5 * fast) & (fast > 1)
+    contact = torch.where(turned.any(1), turned.float().argmax(1).float(), torch.nan)
+    after = torch.arange(T - 1, device=track.device) >= torch.nan_to_num(contact, nan=T)[:, None]
+    down = torch.where(~after, torch.nan_to_num(v), 0.0).amax(1)
+    soon = after & (torch.arange(T - 1, device=track.device) <= torch.nan_to_num(contact, nan=-9)[:, None] + 2)
+    up = torch.where(soon, torch.nan_to_num(-v), 0.0).amax(1).clamp_min(0)
+    return g.float(), contact, torch.where(contact.isfinite() & (down > 1), up / down.clamp_min(1e-6), torch.nan)
+
+
+def measure(video, batch, fps=16, detail=True):
+    """Every metric of every clip. video (B, 3, T, H, W) against a make_batch dict -> {metric: (B,) float, NaN = undefined}.
+
+    detail=False: only traj_l2, for choosing among many samples."""
+    B, _, T, H, W = video.shape
+    N, diagonal = batch["alive"].shape[1], math.hypot(H, W)
+    image, mask = batch["video"][:, :, 0], batch["mask"]
+    alpha = parse(video, image, mask[:, 0], N)                                                              # (B, T, N, H, W)
+    found = alpha > 0.5
+    true = torch.stack([mask == k + 1 for k in range(N)], 2)                                                # (B, T, N, H, W)
+    area, true_area = found.sum((-2, -1)), true.sum((-2, -1))                                               # (B, T, N)
+    c, c_true = centroids(alpha), centroids(true)                                                           # (B, T, N, 2)
+    falls = batch["falls"][:, None]
+    # what is mostly hidden or out of view has no position that a picture could show
+    seen = true_area >= 0.5 * true_area.amax(1, keepdim=True).clamp_min(8)
+    counts = seen & falls
+    counts[:, 0] = False                           # frame 0 is given
+    error = (c - c_true).norm(dim=-1) / diagonal
+    error = torch.where(c.isfinite().all(-1) & (area > 0), error, 1.0).clamp_max(1)  # a missing body costs the maximum
+
+    def mean(x, where):                            # over frames and bodies of each clip, NaN if there are none
+        n = where.flatten(1).sum(1)
+        return torch.where(n > 0, torch.where(where, x, 0.0).flatten(1).sum(1) / n.clamp_min(1), torch.nan)
+
+    out = dict(traj_l2=mean(error, counts))
+    if not detail:
+        return out
+    flight, moving, rest = phases(batch, fps)
+    out |= {f"traj_l2_{name}": mean(error, counts & when) for name, when in (("flight", flight), ("contact", moving), ("rest", rest))}
+    # phyworld's velocity error, px/frame: from frame 3, fully in view; a missing body is put at the border
+    border = torch.where(c.isfinite(), c, 0.0)
+    edge = torch.stack([true[..., 0].any(-1), true[..., -1].any(-1), true[..., 0, :].any(-1), true[..., -1, :].any(-1)]).any(0)
+    inside = (counts & ~edge)[:, 1:] & (counts & ~edge)[:, :-1]
+    inside[:, :2] = False
+    speed = ((border[:, 1:] - border[:, :-1]) - (c_true[:, 1:] - c_true[:, :-1])).norm(dim=-1)
+    for name, when in (("", torch.ones_like(flight)), ("_before_contact", flight), ("_after_contact", ~flight)):
+        out[f"velocity_error{name}"] = mean(speed, inside & when[:, 1:])
+
+    # PISA's, per dropped body, then averaged over the clip's; all bodies' pixels for parser IoU
+    three = [[pisa(found[b, :, k], true[b, :, k]) for k in range(N) if batch["falls"][b, k]] for b in range(B)]
+    for name in ("l2", "chamfer", "iou"):
+        out[f"pisa_{name}"] = torch.tensor([[d[name] for d in clip] for clip in three[:0]]) if not B else \
+            torch.stack([torch.tensor([d[name] for d in clip]).nanmean() for clip in three]).to(video.device)
+    union = (found | true).sum((-2, -1))
+    out["iou_visible"] = mean((found & true).sum((-2, -1)) / union.clamp_min(1), seen & batch["alive"][:, None])
+
+    # laws: the same fit on the found and on the true track, so that perspective cancels
+    which = batch["falls"].nonzero()
+    pick = lambda x: x[which[:, 0], :, which[:, 1]]
+    track = pick(torch.where(counts | (torch.arange(T, device=c.device) == 0)[None, :, None], c[..., 1], torch.nan))
+    track_true = pick(torch.where(counts | (torch.arange(T, device=c.device) == 0)[None, :, None], c_true[..., 1], torch.nan))
+    (g, when, bounce), (g_true, when_true, bounce_true) = laws(track, pick(flight)), laws(track_true, pick(flight))
+    g_ratio = torch.where(pick(flight & counts).sum(1) >= 4, g / g_true, torch.nan)
+    contact = (when - when_true).abs() / fps
+
+    def spread(x):                                 # bodies back to clips: the mean of a clip's bodies, NaN if none counts
+        good = x.isfinite()
+        total = torch.zeros(B, device=x.device).index_add_(0, which[:, 0], torch.where(good, x, 0.0))
+        n = torch.zeros(B, device=x.device).index_add_(0, which[:, 0], good.float())
+        return torch.where(n > 0, total / n.clamp_min(1), torch.nan)
+
+    out |= dict(g_ratio=spread(g_ratio), restitution_error=spread((bounce - bounce_true).abs()), contact_time_error=spread(contact))
+
+    # permanence, over the frames in which the truth shows the body
+    visible = counts.clone()
+    ratio = area / true_area.clamp_min(1)
+    out["area_kept"] = mean(((ratio - 1).abs() <= 0.25).float(), visible)
+    out["vanish"] = mean((ratio < 0.25).float(), visible)
+    ys, xs = torch.arange(H, device=c.device) + 0.5, torch.arange(W, device=c.device) + 0.5
+    m = found.float()
+    dx = (m.sum(-2) * (xs - border[..., :1]).square()).sum(-1) + (m.sum(-1) * (ys - border[..., 1:]).square()).sum(-1)
+    # pixels of one disc lie area / 2 pi (squared) from its centre; two apart lie far more
+    out["duplicate"] = mean((dx / area.clamp_min(1) > 3 * area / (2 * math.pi) + 1).float(), visible & (area > 0))
+    reach = lambda p: torch.nan_to_num((p - p[:, :1]).norm(dim=-1)).amax(1)                                 # (B, N)
+    frozen = reach(torch.where(counts[..., None], c, c[:, :1])) < 0.2 * reach(torch.where(counts[..., None], c_true, c_true[:, :1]))
+    out["freeze"] = mean(frozen.float(), batch["falls"] & counts.any(1))
+
+    out["psnr"] = -10 * ((video - batch["video"]) / 2)[:, :, 1:].square().mean((1, 2, 3, 4)).clamp_min(1e-10).log10()
+    inside_bodies = (mask > 0)[:, None].float()
+    out["psnr_bodies"] = -10 * ((((video - batch["video"]) / 2).square() * inside_bodies).sum((1, 2, 3, 4))
+                                / (3 * inside_bodies.sum((1, 2, 3, 4))).clamp_min(1)).clamp_min(1e-10).log10()
+    gradient = lambda v: (v[..., 1:] - v[..., :-1]).abs().mean((1, 2, 3, 4)) + (v[..., 1:, :] - v[..., :-1, :]).abs().mean((1, 2, 3, 4))
+    out["sharpness"] = gradient(video) / gradient(batch["video"])
+    return out | {f"piq_{k}": v for k, v in physics_iq(video, batch["video"]).items()}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# rows, intervals, the table
+
+MEDIANS = {"g_ratio"}                              # a ratio of fits has heavy tails
+
+
+def interval(values, statistic=None, draws=1000):
+    """(n,) values, NaN left out -> dict(mean, low, high, n): the statistic and its 95 % bootstrap interval over clips."""
+    values = values[values.isfinite()]
+    if not len(values):
+        return dict(mean=math.nan, low=math.nan, high=math.nan, n=0)
+    statistic = statistic or (lambda x: x.mean(-1))
+    index = torch.randint(len(values), (draws, len(values)), generator=common.generator("bootstrap", len(values)))
+    low, high = statistic(values[index]).quantile(torch.tensor([0.025, 0.975]))
+    return dict(mean=statistic(values[None])[0].item(), low=low.item(), high=high.item(), n=len(values))
+
+
+def summary(per_clip):
+    """{metric: (n,)} -> {metric: {mean, low, high, n}}; `mean` is the median for the metrics in MEDIANS."""
+    median = lambda x: x.median(-1).values
+    return {k: interval(v.float().cpu(), median if k in MEDIANS else None) for k, v in per_clip.items()}
+
+
+def reference_rows(batch, again, vae):
+    """Videos that say what a number means: {row: video (B, 3, T, H, W)}. again: the jittered make_batch dict."""
+    video = batch["video"]
+    static = video[:, :, :1].expand_as(video)
+    teleport = torch.cat([video[:, :, :1], video[:, :, -1:].expand(-1, -1, video.shape[2] - 1, -1, -1)], 2)
+    return {"truth re-parsed": video, "VAE round trip": vae.decode(vae.encode(video)), "jittered truth": again["video"],
+            "static": static, "teleport to the floor": teleport}
+
+
+@torch.no_grad()
+def evaluate(models, split, n, seed=0, unseen=False, scenario="drop", best_of=1, references=True, chunk=64, steps=12,
+             device=None, disable=False, prefix="", indices=None):
+    """Generate and measure n scenes of a split. models: {row name: sample.Models}. -> {row: {metric: (n,) tensor}}.
+
+    best_of > 1 adds the row "<name>, oracle best of k": the sample with the lowest traj_l2, what choosing could reach."""
+    rows, vae = {}, next(iter(models.values())).vae
+    device = device or next(vae.parameters()).device
+    for start in tqdm(range(0, n, chunk), desc=f"{prefix}{split} {'unseen' if unseen else 'seen'}", disable=disable):
+        size = min(chunk, n - start)
+        batch = simdata.make_batch(scenario, size, seed, split, start=start, unseen=unseen)
+        videos = {}
+        if references:
+            again = simdata.make_batch(scenario, size, seed, split, start=start, unseen=unseen, jitter_seed=0, truth=False)
+            videos = reference_rows(batch, again, vae)
+        for name, m in models.items():
+            draws = [sample.generate(m, batch["video"][:, :, 0], batch["caption"],
+                                     [(split, unseen, seed, start + i, k) for i in range(size)], steps=steps) for k in range(best_of)]
+            videos[name] = draws[0]
+            if best_of > 1:
+                error = torch.stack([measure(v, batch, detail=False)["traj_l2"].nan_to_num(1) for v in draws])
+                best = error.argmin(0)
+                videos[f"{name}, oracle best of {best_of}"] = torch.stack(draws)[best, torch.arange(size)]
+        for row, video in videos.items():
+            for metric, value in measure(video, batch).items():
+                rows.setdefault(row, {}).setdefault(metric, []).append(value)
+    return {row: {k: torch.cat(v) for k, v in metrics.items()} for row, metrics in rows.items()}
+
+
+COLUMNS = ("traj_l2", "traj_l2_flight", "traj_l2_contact", "pisa_l2", "pisa_chamfer", "pisa_iou", "g_ratio",
+           "velocity_error", "vanish", "freeze", "psnr")
+
+
+def table(result, columns=COLUMNS):
+    """{row: {split: {metric: {...}}}} -> a markdown table, a line per row and split, with half-widths of the intervals."""
+    lines = ["| row | scenes | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 2)]
+    for row, splits in result.items():
+        for split, metrics in splits.items():
+            cells = []
+            for c in columns:
+                m = metrics.get(c, {"mean": math.nan, "low": math.nan, "high": math.nan})
+                digits = 1 if c == "psnr" else 4 if c.startswith(("traj", "pisa_l2")) else 3
+                cells.append(f"{m['mean']:.{digits}f} ± {(m['high'] - m['low']) / 2:.{digits}f}")
+            lines.append(f"| {row} | {split} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+@dataclass
+class Config:
+    data: str = "data"              # folder with the weights: vae, backbone, dit, head1, lora2, head3 (.safetensors)
+    stages: str = "1"               # which stages to evaluate, for example 1,2,3
+    ckpt: str = ""                  # another DiT file instead of data/dit.safetensors
+    head: str = ""                  # another physical head instead of data/head1.safetensors
+    split: str = "val"              # val or test
+    n: int = 512                    # scenes per split (seen, and as many unseen)
+    seed: int = 0                   # which scenes
+    steps: int = 12                 # sampler steps
+    best_of: int = 1                # > 1 adds the oracle row: the best of k seeds by the truth
+    references: bool = True         # the rows that say what a number means
+    chunk: int = 64                 # scenes at a time
+    json: str = ""                  # write {row: {split: {metric: {mean, low, high, n}}}} here
+    device: str = "auto"            # auto, cuda, mps or cpu
+
+
+def main():
+    cfg = common.parse_config(Config, sys.argv[1:])
+    common.check_range(cfg, n=(1, 10**6), steps=(1, 1000), best_of=(1, 64), chunk=(1, 4096))
+    if cfg.split not in ("val", "test"):
+        raise common.InputError(f"--split={cfg.split}: expected val or test")
+    if not set(cfg.stages.split(",")) <= {"1", "2", "3"}:
+        raise common.InputError(f"--stages={cfg.stages}: expected some of 1,2,3, separated by commas")
+    device, _, _ = common.setup(cfg.device)
+    models = {f"Stage {'I' * int(s)}": sample.load_models(cfg.data, int(s), cfg.ckpt, cfg.head, device) for s in cfg.stages.split(",")}
+    result, clips = {}, {}
+    for name, unseen in (("seen", False), ("unseen", True)):
+        clips[name] = evaluate(models, cfg.split, cfg.n, cfg.seed, unseen, best_of=cfg.best_of, references=cfg.references,
+                               chunk=cfg.chunk, steps=cfg.steps)
+        for row, per_clip in clips[name].items():
+            result.setdefault(row, {})[name] = summary(per_clip)
+    stages = list(models)
+    for row in stages[1:]:                         # paired by scene: far tighter than two separate intervals
+        for name in clips:
+            a, b = clips[name][row], clips[name][stages[0]]
+            result.setdefault(f"{row} - {stages[0]}, paired", {})[name] = {k: interval((a[k] - b[k]).float().cpu()) for k in a}
+    print(table(result))
+    if cfg.json:
+        with common.atomic(cfg.json) as tmp, open(tmp, "w") as f:
+            json.dump(result, f, indent=1)
+
+
+if __name__ == "__main__":
+    common.run(main)

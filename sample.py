@@ -1,0 +1,154 @@
+"""
+An image in, a physical video out.
+
+    python sample.py data/drop.png
+    python sample.py photo.jpg --prompt="a red rubber ball falls" --n=4 --out=out/photo.gif
+    python sample.py data/hit.png --stage=1 --steps=30 --seed=7
+
+Any PNG, JPEG or WebP with sides of 16 to 8192 pixels; the centre square is used. The video's format follows the name
+of --out: mp4, gif or webp. The same seed gives the same bytes. Without --prompt the text that the image itself carries
+(a PNG "Description") is used. In Python:
+
+    models = load_models("data", stage=2)
+    video = generate(models, image, ["a red rubber ball falls"], keys=[0])      # (1, 3, 25, 64, 64) in [-1, 1]
+"""
+import os
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import common
+from common import InputError
+
+DEFAULT_STAGE = 1                                  # the best of the shipped ones, see data/RESULTS.md
+
+
+@dataclass
+class Models:
+    """What it takes to make a video; encoder is None for a DiT that was trained without one."""
+    vae: torch.nn.Module
+    encoder: torch.nn.Module
+    dit: torch.nn.Module
+
+
+def load_models(data="data", stage=1, ckpt="", head="", device="cpu"):
+    """The shipped components, up to a stage: 1 is dit + head1, 2 adds lora2, 3 swaps in head3. -> Models, frozen.
+
+    ckpt, head: other files for the DiT and the physical head. Raises InputError if a file is missing or foreign."""
+    from encoder import load_phys_encoder          # imported late: bad input is refused without waiting for torch.nn
+    from model import VideoDiT, add_lora, load_lora, merge_lora
+    from vae import load_vae
+    ckpt = ckpt or f"{data}/dit.safetensors"
+    config = common.read_weights(ckpt)[1]
+    if "num_layers" not in config:
+        raise InputError(f"{ckpt} is not a DiT of ours: its metadata has no DiT config; expected a dit.safetensors")
+    dit = VideoDiT(config)
+    common.load_weights(dit, ckpt)
+    if stage >= 2:
+        tensors, lora = common.read_weights(f"{data}/lora2.safetensors")
+        if "rank" not in lora:
+            raise InputError(f"{data}/lora2.safetensors is not a LoRA of ours: its metadata has no rank")
+        load_lora(add_lora(dit, lora["rank"], lora["alpha"]), tensors)
+        merge_lora(dit)
+    encoder = None
+    if config["phys"]:
+        head = head or f"{data}/head{3 if stage == 3 else 1}.safetensors"
+        encoder = load_phys_encoder(f"{data}/backbone.safetensors", head).to(device).eval().requires_grad_(False)
+    vae = load_vae(f"{data}/vae.safetensors", device=device)
+    return Models(vae, encoder, dit.to(device).eval().requires_grad_(False))
+
+
+@torch.no_grad()
+def generate_latent(models, image, text, phys, keys, frames=25, steps=12, shift=1.0, cfg=1.0, solver="ab2", progress=None):
+    """The denoising loop alone: image (B, C, 1, h, w) latent, tokens, physical tokens -> latent frames 1..k."""
+    from model import bytes_to_tokens, sample
+    B, C, _, h, w = image.shape
+    noise = common.randn((C, (frames - 1) // 4, h, w), keys).to(image)
+    null = bytes_to_tokens([""] * B).to(image.device) if cfg != 1 else None
+    return sample(models.dit, image, text, phys, noise, steps, shift, cfg, null, solver, progress)
+
+
+@torch.no_grad()
+def generate(models, image, captions, keys, frames=25, steps=12, shift=1.0, cfg=1.0, solver="ab2", progress=None):
+    """image (B, 3, H, W) in [-1, 1], B captions, B noise keys (ints or tuples) -> video (B, 3, frames, H, W) in [-1, 1].
+
+    The noise of a clip depends on its key alone, not on the batch, the rank or the device."""
+    from model import bytes_to_tokens
+    device = image.device
+    with common.autocast(device):
+        first = models.vae.encode(image[:, :, None])                                                        # (B, C, 1, h, w)
+        grid = [n // 2 for n in first.shape[3:]]
+        phys = models.encoder(image, grid) if models.encoder is not None else None                          # (B, P, D)
+        text = bytes_to_tokens(captions).to(device)
+        x0 = generate_latent(models, first, text, phys, keys, frames, steps, shift, cfg, solver, progress)
+        video = models.vae.decode(torch.cat([first, x0], 2))
+    return torch.cat([image[:, :, None], video[:, :, 1:]], 2)                        # frame 0 is the image, exactly
+
+
+@dataclass
+class Config:
+    image: str = ""                 # the picture: PNG, JPEG or WebP (the argument without dashes)
+    prompt: str = ""                # what is in it: colour, material, shape; empty: the text the image carries, if any
+    out: str = ""                   # .mp4, .gif or .webp; empty: out/<image name>.mp4
+    seed: int = 0                   # same seed, same bytes
+    n: int = 1                      # how many seeds, shown as one grid
+    frames: int = 25                # 1 + 4k; the nano model was trained on 25 (at 16 fps)
+    steps: int = 12                 # sampler steps
+    cfg: float = 1.0                # guidance on the text; 1 is off
+    shift: float = 1.0              # > 1 spends more of the steps near noise
+    solver: str = "ab2"             # ab2 (second order) or euler
+    stage: int = DEFAULT_STAGE      # 1 SFT, 2 + DPO on the DiT, 3 + DPO on the PhysEncoder
+    data: str = "data"              # folder with the weights
+    ckpt: str = ""                  # another DiT file
+    head: str = ""                  # another physical head
+    scale: int = 4                  # enlarge the video's pixels this many times
+    device: str = "auto"            # auto, cuda, mps or cpu
+
+
+def main():
+    began = time.time()
+    cfg = common.parse_config(Config, sys.argv[1:], positional="image")
+    if not cfg.image:
+        raise InputError("which image? For example: python sample.py data/drop.png")
+    common.check_range(cfg, n=(1, 64), frames=(5, 101), steps=(1, 1000), cfg=(0, 30), shift=(0.01, 100), stage=(1, 3),
+                       scale=(1, 16), seed=(-2**63, 2**63 - 1))
+    if cfg.frames % 4 != 1:
+        k = cfg.frames // 4
+        raise InputError(f"--frames={cfg.frames}: expected 1 + 4k, for example {max(5, 4 * k + 1)} or {4 * k + 5}")
+    if cfg.solver not in ("ab2", "euler"):
+        raise InputError(f"--solver={cfg.solver}: expected ab2 or euler")
+    out = cfg.out or f"out/{os.path.splitext(os.path.basename(cfg.image))[0]}.mp4"
+    if os.path.splitext(out)[1].lower() not in common.VIDEO_EXTENSIONS:
+        raise InputError(f"--out={out}: expected a name that ends in {', '.join(common.VIDEO_EXTENSIONS)}")
+    if not cfg.out:
+        common.make_dir("out")
+    common.check_writable(out)                     # before the work, not after it
+    image, note = common.read_image(cfg.image, 64)
+    prompt = cfg.prompt
+    if not prompt:
+        with Image.open(cfg.image) as picture:
+            prompt = str(picture.info.get("Description", ""))
+    if note:
+        print(note)
+
+    device, _, _ = common.setup(cfg.device)
+    models = load_models(cfg.data, cfg.stage, cfg.ckpt, cfg.head, device)
+    loaded = time.time()
+    with tqdm(total=cfg.steps, desc="sampling", unit="step") as bar:
+        video = generate(models, image.to(device).expand(cfg.n, -1, -1, -1), [prompt] * cfg.n,
+                         [cfg.seed + i for i in range(cfg.n)], cfg.frames, cfg.steps, cfg.shift, cfg.cfg, cfg.solver,
+                         progress=lambda done, total: bar.update(1))
+    sampled = time.time()
+    columns = min(cfg.n, 4 if cfg.n > 4 else cfg.n)
+    common.write_video(out, common.grid([common.to_uint8(v) for v in video], columns), fps=16, scale=cfg.scale)
+    print(f"prompt: {prompt or '(none)'}")
+    print(f"wrote {out}: {cfg.frames} frames, stage {cfg.stage}, seed {cfg.seed}{f' to {cfg.seed + cfg.n - 1}' if cfg.n > 1 else ''}"
+          f" (loading {loaded - began:.1f} s, sampling {sampled - loaded:.1f} s, writing {time.time() - sampled:.1f} s)")
+
+
+if __name__ == "__main__":
+    common.run(main)
