@@ -329,6 +329,7 @@ def save_state(path, step, modules, optimizer):
     save_weights(path, tensors, {"step": step})
 
 
+@torch.no_grad()
 def load_state(path, modules, optimizer):
     """The inverse of save_state, in place; -> step."""
     tensors, config = read_weights(path)

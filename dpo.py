@@ -1,0 +1,325 @@
+"""
+Stages II and III: direct preference optimisation of the DiT (LoRA) and then of the PhysEncoder's physical head, on pairs
+that the simulator judges, so that no human labels are needed.
+
+    python dpo.py                                     # pairs, Stage II, Stage III from data/: about 20 minutes on two cores
+    python dpo.py --stages=2 --beta=500 --sft=0       # the paper's loss alone
+    torchrun --nproc_per_node=8 dpo.py --pairs=8192 --steps=1000 --batch=256
+
+Pairs: for each scene the Stage-I model draws K clips from K noise seeds; the parser finds the bodies, the simulator says
+where they should be, best against worst becomes a pair. They lie in out/pairs/: shards of safetensors (first, winner,
+loser: VAE latents; image: uint8; text: bytes) beside a .jsonl with caption, scores, scene and source, one line a pair.
+Any pairs in that format can be added: the truth as winner, other models, people's choices.
+
+Flow-DPO (PhysMaster Eq. 3), v = eps - x0, the same t and eps for winner and loser, constant beta:
+    L = -log sigmoid(-beta / 2 * [(e_w - e_w_ref) - (e_l - e_l_ref)]),    e = mean (v - v_theta)^2
+A falling loss alone proves nothing: both errors may grow. So metrics.jsonl has winner and loser error against the
+reference, the margin and the implicit accuracy apart, and the outcome, traj_l2 on held-out scenes, along the way.
+"""
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import common
+import eval as judge
+import model as M
+import sample
+import simdata
+
+
+@dataclass
+class Config:
+    name: str = "dpo"               # the run's folder under out/
+    data: str = "data"              # folder with vae, backbone, dit, head1
+    stages: str = "2,3"             # 2 is DPO on the DiT's LoRA, 3 on the physical head (needs lora2 from 2)
+    pool: str = "out/pairs"         # folder of preference pairs; made if it lacks shards
+    pairs: int = 384                # scenes to draw candidates for; those without a clear winner are dropped
+    candidates: int = 4             # K, clips per scene
+    margin: float = 0.3             # least difference of scores, in pixels
+    sampler_steps: int = 12         # of the candidates
+    beta: float = 2000.0            # how far the policy may leave the reference
+    sft: float = 0.1                # weight of the winner's flow-matching loss; 0 is the paper's loss
+    rank: int = 16                  # of the LoRA
+    alpha: int = 32                 # of the LoRA
+    steps: int = 150                # optimizer steps per stage
+    batch: int = 16                 # pairs a step, over all ranks
+    lr: float = 1e-4                # peak learning rate of Stage II
+    lr_head: float = 3e-5           # peak learning rate of Stage III
+    warmup: int = 20                # steps
+    log_every: int = 5              # steps
+    eval_every: int = 75            # steps between val scores and checkpoints
+    eval_clips: int = 64            # val clips that are sampled then
+    seed: int = 0                   # of pairs, order, noise
+    resume: bool = False            # go on from the run folder
+    device: str = "auto"            # auto, cuda, mps or cpu
+
+
+PRESETS = {"nano": {}}
+SHARD = 32                                         # scenes per shard of pairs
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the loss
+
+def dpo_loss(err_w, err_l, ref_w, ref_l, beta):
+    """Flow-DPO (PhysMaster Eq. 3; Diffusion-DPO, arXiv 2311.12908, for a flow): all arguments (B,) mean squared errors of
+    the velocity -> (B,). At step 0 the policy is the reference and every entry is ln 2."""
+    margin = (err_w - ref_w) - (err_l - ref_l)
+    return -F.logsigmoid(-beta / 2 * margin)
+
+
+class Policy(nn.Module):
+    """DiT and physical head as one module: the policy as it is, or the reference through functional_call."""
+    def __init__(self, dit, head):
+        super().__init__()
+        self.dit, self.head = dit, head
+
+    def forward(self, features, patch_grid, first, winner, loser, text, t, eps):
+        """features: the frozen backbone's; first (B, C, 1, h, w), winner, loser (B, C, k, h, w) -> errors (B,), (B,)."""
+        twice = lambda x: torch.cat([x, x])        # one forward for both, so that rounding is theirs alike
+        phys = None if self.head is None else twice(self.head(features, patch_grid, [n // 2 for n in first.shape[3:]]))
+        error = M.flow_loss(self.dit, torch.cat([winner, loser]), twice(text), twice(first), phys, twice(t), twice(eps))
+        return error.chunk(2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# preference pairs
+
+@torch.no_grad()
+def chaos_weights(scene, path, frames, fps, sims=4, parser_noise=0.25):
+    """How much a frame may say about each body (B, T, N): 1 / (spread of jittered re-simulations + parser noise), 1/px.
+
+    Half a pixel and five degrees cannot be seen in the first frame. Where they decide what happens, so late after a
+    tumbling box's first contact, no clip is right or wrong, and a preference there would label chaos."""
+    center, _ = simdata.project(path["position"], scene["camera"])                                          # (B, T, N, 2)
+    spread = 0
+    for i in range(sims):
+        draw = simdata.Draws("train", 10**6 + i, torch.arange(len(center)))
+        again = simdata.simulate(simdata.jitter(scene, scene["camera"], draw), frames, fps, scene["gravity"])
+        spread = spread + (simdata.project(again["position"], scene["camera"])[0] - center).square().sum(-1)
+    return 1 / ((spread / sims).sqrt() + parser_noise)
+
+
+def score(video, batch, weights):
+    """Minus the weighted mean distance in pixels between found and true centroids of what falls -> (B,), higher is better."""
+    B, _, T, H, W = video.shape
+    N = batch["alive"].shape[1]
+    alpha = judge.parse(video, batch["video"][:, :, 0], batch["mask"][:, 0], N)
+    true = torch.stack([batch["mask"] == k + 1 for k in range(N)], 2)
+    found, want = judge.centroids(alpha), judge.centroids(true)                                             # (B, T, N, 2)
+    error = (found - want).norm(dim=-1)
+    error = torch.where(error.isfinite(), error, math.hypot(H, W))                   # a vanished body is as wrong as can be
+    area = true.sum((-2, -1))
+    w = weights * (area >= 0.5 * area.amax(1, keepdim=True).clamp_min(8)) * batch["falls"][:, None]
+    w = torch.where(want.isfinite().all(-1), w, 0.0)
+    w[:, 0] = 0
+    return -(torch.nan_to_num(error) * w).sum((1, 2)) / w.sum((1, 2)).clamp_min(1e-6)
+
+
+@torch.no_grad()
+def make_pairs(cfg, models, device, rank, world):
+    """Fill cfg.pool with shards of pairs, every rank its own; a killed run goes on with the next missing shard."""
+    common.make_dir(cfg.pool)
+    stamp = {"vae": float(next(iter(models.vae.state_dict().values())).double().sum()), "seed": cfg.seed,
+             "candidates": cfg.candidates, "margin": cfg.margin}
+    shards = range(math.ceil(cfg.pairs / SHARD))
+    missing = [s for s in shards if not os.path.exists(f"{cfg.pool}/{s:04d}.safetensors")]
+    for s in tqdm(missing[rank::world], desc=f"pairs, shards of {SHARD} scenes", disable=rank > 0):
+        count, start = min(SHARD, cfg.pairs - s * SHARD), s * SHARD
+        scenario = list(simdata.SCENARIOS)[s % len(simdata.SCENARIOS)]
+        seed = cfg.seed + 1_000_000                # training scenes that Stage I has not seen
+        batch = simdata.make_batch(scenario, count, seed, "train", start=start)
+        scene, _ = simdata.make_scene(scenario, count, seed, "train", start=start)
+        weights = chaos_weights(scene, batch, batch["video"].shape[2], 16)
+        image, text = batch["video"][:, :, 0], M.bytes_to_tokens(batch["caption"])
+        first = models.vae.encode(image[:, :, None].to(device))
+        phys = models.encoder(image.to(device), [n // 2 for n in first.shape[3:]]) if models.encoder else None
+        latents, scores = [], []
+        for k in range(cfg.candidates):
+            x0 = sample.generate_latent(models, first, text.to(device), phys,
+                                        [("pairs", seed, start + i, k) for i in range(count)], steps=cfg.sampler_steps)
+            video = models.vae.decode(torch.cat([first, x0], 2)).cpu()
+            latents.append(x0.cpu()), scores.append(score(video, batch, weights))
+        latents, scores = torch.stack(latents), torch.stack(scores)                                         # (K, B, ...), (K, B)
+        best, worst, every = scores.argmax(0), scores.argmin(0), torch.arange(count)
+        clear = (scores[best, every] - scores[worst, every]) >= cfg.margin
+        keep = every[clear]
+        with common.atomic(f"{cfg.pool}/{s:04d}.jsonl") as tmp, open(tmp, "w") as f:
+            for i in keep.tolist():
+                f.write(json.dumps({"scenario": scenario, "seed": seed, "index": start + i, "caption": batch["caption"][i],
+                                    "winner_score": round(scores[best[i], i].item(), 4),
+                                    "loser_score": round(scores[worst[i], i].item(), 4), "source": "simulator"}) + "\n")
+        # the tensors last: their file says that the shard is complete
+        common.save_weights(f"{cfg.pool}/{s:04d}.safetensors", dict(
+            first=first.cpu()[keep].bfloat16(), winner=latents[best, every][keep].bfloat16(),
+            loser=latents[worst, every][keep].bfloat16(), image=((image + 1) * 127.5).round().byte()[keep],
+            text=text[keep].short()), stamp)
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def load_pairs(cfg, models, rank):
+    """All shards of cfg.pool -> dict of tensors, a pair a row. Raises InputError when they do not belong together."""
+    names = sorted(f[:-len(".safetensors")] for f in os.listdir(cfg.pool) if f.endswith(".safetensors"))
+    vae, parts, lines = float(next(iter(models.vae.state_dict().values())).double().sum()), [], []
+    for name in names:
+        tensors, made = common.read_weights(f"{cfg.pool}/{name}.safetensors")
+        if made.get("vae", vae) != vae:
+            raise common.InputError(f"{cfg.pool}/{name}.safetensors was made with another VAE; delete {cfg.pool} or choose "
+                                    "another --pool")
+        with open(f"{cfg.pool}/{name}.jsonl") as f:
+            notes = [json.loads(line) for line in f]
+        if len(notes) != len(tensors["winner"]):
+            raise common.InputError(f"{cfg.pool}/{name}: {len(notes)} lines in .jsonl, {len(tensors['winner'])} pairs in .safetensors")
+        parts.append(tensors), lines.extend(notes)
+    if not lines:
+        raise common.InputError(f"{cfg.pool} holds no pairs: every margin was under --margin={cfg.margin}; lower it, or "
+                                "raise --candidates")
+    if rank == 0:
+        w, l = (torch.tensor([line[k] for line in lines]) for k in ("winner_score", "loser_score"))
+        print(f"{len(lines)} pairs; distance to the truth in px, chaos-weighted: winners {-w.mean():.2f}, losers {-l.mean():.2f}")
+    return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# one stage: the same loop, only what is trained differs
+
+def train(cfg, stage, models, pairs, folder, device, rank, world):
+    """Stage 2 trains the DiT's LoRA, stage 3 the physical head; everything else is frozen. -> True if it was stopped."""
+    dit, encoder = models.dit, models.encoder
+    head = encoder.head if encoder is not None else None
+    for module in (dit, head):
+        if module is not None:
+            module.requires_grad_(False)
+    if stage == 2:
+        M.add_lora(dit, cfg.rank, cfg.alpha, cfg.seed)
+    else:
+        head.requires_grad_(True)
+        head.scratch.refinenet4.resConfUnit1.requires_grad_(False)                   # in every DPT, used by none
+    raw = Policy(dit, head).to(device).train()
+    trained = {k: p for k, p in raw.named_parameters() if p.requires_grad}
+    reference = {k: p.detach().clone() for k, p in trained.items()}                  # no second model: just these tensors
+    model = DistributedDataParallel(raw) if world > 1 else raw
+    peak = cfg.lr if stage == 2 else cfg.lr_head
+    optimizer = torch.optim.AdamW(trained.values(), lr=peak, betas=(0.9, 0.98), weight_decay=0.0)
+    log, state = f"{folder}/metrics{stage}.jsonl", f"{folder}/state{stage}.safetensors"
+    parts = {"model": trained, "reference": reference}
+    start = common.load_state(state, parts, optimizer) if cfg.resume and os.path.exists(state) else 0
+    if rank == 0:
+        common.trim_log(log, start)
+        print(f"Stage {'I' * stage}: {sum(p.numel() for p in trained.values()):,} trained parameters, from step {start}")
+
+    def outcome():
+        """traj_l2 on val scenes, the same scenes and noise each time. This, not the loss, is what the stage is for."""
+        total = torch.zeros(2)
+        raw.eval()
+        for i in range(rank * 16, cfg.eval_clips, world * 16):
+            count = min(16, cfg.eval_clips - i)
+            batch = simdata.make_batch("drop", count, 0, "val", start=i)
+            video = sample.generate(models, batch["video"][:, :, 0].to(device), batch["caption"],
+                                    [("val", i + j) for j in range(count)], steps=cfg.sampler_steps).cpu()
+            value = judge.measure(video, batch, detail=False)["traj_l2"]
+            total += torch.tensor([value.nansum().item(), value.isfinite().sum().item()])
+        raw.train()
+        total = common.average(total, device)
+        return (total[0] / total[1]).item()
+
+    def report(step):
+        value = outcome()
+        if rank == 0:
+            common.log_line(log, {"step": step, "val_traj_l2": value})
+            bar.write(f"stage {stage}, step {step}: val traj_l2 {value:.4f}")
+
+    stop, began = common.Stop(), time.time()
+    bar = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, disable=rank > 0, desc=f"stage {stage}")
+    if start == 0:
+        report(0)
+    for step in bar:
+        lr = peak * min((step + 1) / (cfg.warmup + 1), 0.1 + 0.45 * (1 + math.cos(math.pi * step / cfg.steps)))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        g = common.generator(cfg.seed, "dpo", stage, step)
+        index = torch.randint(len(pairs["winner"]), (cfg.batch,), generator=g)
+        t, eps = M.sample_t(cfg.batch, g), torch.randn(cfg.batch, *pairs["winner"].shape[1:], generator=g)
+        mine = slice(rank * cfg.batch // world, (rank + 1) * cfg.batch // world)
+        row = {k: v[index[mine]].to(device) for k, v in pairs.items()}
+        image = row["image"].float() / 127.5 - 1
+        with common.autocast(device):
+            features = encoder.features(image) if encoder is not None else (None, None)
+            inputs = (*features, row["first"].float(), row["winner"].float(), row["loser"].float(), row["text"].long(),
+                      t[mine].to(device), eps[mine].to(device))
+            err_w, err_l = model(*inputs)                                                                   # (B,), (B,)
+            with torch.no_grad():                  # the same module, the same precision, the tensors of step 0
+                ref_w, ref_l = torch.func.functional_call(raw, reference, inputs)
+        preference = dpo_loss(err_w, err_l, ref_w, ref_l, cfg.beta)
+        loss = preference.mean() + cfg.sft * err_w.mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(trained.values(), 1.0)
+        optimizer.step()
+
+        done = step + 1
+        if step % cfg.log_every == 0:
+            margin = -cfg.beta / 2 * ((err_w - ref_w) - (err_l - ref_l))
+            values = torch.stack([preference.mean(), (margin > 0).float().mean(), margin.mean(), (err_w - ref_w).mean(),
+                                  (err_l - ref_l).mean(), ref_w.mean(), ref_l.mean()]).detach()
+            names = ("loss", "implicit_accuracy", "margin", "winner_vs_reference", "loser_vs_reference", "ref_w", "ref_l")
+            entry = {"step": step} | dict(zip(names, common.average(values, device).tolist()))
+            if rank == 0:
+                common.log_line(log, entry | {"grad_norm": norm.item(), "lr": lr, "seconds": round(time.time() - began, 1)})
+                bar.set_postfix(loss=f"{entry['loss']:.3f}", accuracy=f"{entry['implicit_accuracy']:.2f}",
+                                winner=f"{entry['winner_vs_reference']:+.1e}", loser=f"{entry['loser_vs_reference']:+.1e}")
+        ending = stop.agreed(device)
+        if (done % cfg.eval_every == 0 or done == cfg.steps or ending) and rank == 0:
+            common.save_state(state, done, parts, optimizer)
+        if ending and done < cfg.steps:
+            return True
+        if done % cfg.eval_every == 0 or done == cfg.steps:
+            report(done)
+    if rank == 0:
+        if stage == 2:
+            common.save_weights(f"{folder}/lora2.safetensors", M.lora_state(dit), {"rank": cfg.rank, "alpha": cfg.alpha}, torch.bfloat16)
+        else:
+            common.save_weights(f"{folder}/head3.safetensors", head, encoder.config, torch.bfloat16)
+        print(f"wrote {folder}/{'lora2' if stage == 2 else 'head3'}.safetensors")
+    return False
+
+
+def main():
+    cfg = common.parse_config(Config, sys.argv[1:], PRESETS)
+    common.check_range(cfg, pairs=(1, 10**8), candidates=(2, 256), margin=(0, 1e3), beta=(1e-6, 1e7), sft=(0, 1e3),
+                       rank=(1, 1024), alpha=(1, 4096), steps=(1, 10**7), batch=(1, 10**6), eval_clips=(1, 10**5),
+                       log_every=(1, 10**7), eval_every=(1, 10**7), sampler_steps=(1, 1000))
+    if cfg.stages not in ("2", "3", "2,3"):
+        raise common.InputError(f"--stages={cfg.stages}: expected 2, 3 or 2,3")
+    device, rank, world = common.setup(cfg.device)
+    if cfg.batch % world:
+        raise common.InputError(f"--batch={cfg.batch} must be a multiple of the {world} ranks")
+    models = sample.load_models(cfg.data, 1, device=device)                          # Stage I makes the pairs
+    if "3" in cfg.stages and models.encoder is None:
+        raise common.InputError("Stage III trains the physical head, but this DiT was trained without one; use --stages=2")
+    folder = common.start_run(cfg, rank, f"out/{cfg.name}")
+    make_pairs(cfg, models, device, rank, world)
+    pairs = load_pairs(cfg, models, rank)
+    for stage in map(int, cfg.stages.split(",")):
+        if stage == 3 and cfg.stages == "3":       # Stage III alone: Stage II's LoRA is on, in policy and reference
+            models = sample.load_models(cfg.data, 2, device=device)
+        if train(cfg, stage, models, pairs, folder, device, rank, world):
+            print("stopped; go on with --resume=True") if rank == 0 else None
+            break
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    common.run(main)

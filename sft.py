@@ -1,0 +1,232 @@
+"""
+Stage I: supervised fine-tuning of the DiT and the physical head on ground-truth clips, by flow matching.
+
+    python sft.py                                    # the shipped model: about 55 minutes on two CPU cores
+    python sft.py --preset=taste                     # 10 minutes, and things visibly fall
+    python sft.py --phys=False --name=sft_plain      # without the encoder
+    torchrun --nproc_per_node=8 sft.py --batch=512 --lr=2e-3
+
+The first run makes a pool of latents (world -> VAE, once) in out/pool/; later runs reuse it. Watch out/sft/: metrics.jsonl
+has the loss by timestep bin, and the sheets show truth above sample. The results are dit.safetensors and head1.safetensors.
+PhysMaster's Stage I starts from a pretrained video model: give one with --init_from; nano starts from nothing.
+"""
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import common
+import eval as judge
+import model as M
+import sample
+import simdata
+from encoder import PhysEncoder, load_phys_encoder
+from vae import load_vae
+
+
+@dataclass
+class Config:
+    name: str = "sft"               # the run's folder under out/
+    data: str = "data"              # folder with vae.safetensors and backbone.safetensors
+    pool: str = "out/pool"          # folder of cached latents; made if it lacks shards
+    clips: int = 10240              # simulated clips in the pool, each also mirrored
+    init_from: str = ""             # a dit.safetensors to start from (with its head1 beside it, if any)
+    phys: bool = True               # with the PhysEncoder; False trains the plain DiT
+    steps: int = 6500               # optimizer steps
+    batch: int = 32                 # clips a step, over all ranks
+    accumulate: int = 1             # micro-batches a step and rank, for less memory
+    lr: float = 1e-3                # peak learning rate
+    warmup: int = 200               # steps
+    weight_decay: float = 0.02      # on matrices
+    drop_text: float = 0.1          # fraction of captions left empty, so that --cfg means something
+    ema: float = 0.999              # decay of the weight average that is evaluated and shipped
+    log_every: int = 25             # steps
+    eval_every: int = 1000          # steps between samples, checkpoints and val scores
+    eval_clips: int = 32            # val clips that are sampled then
+    seed: int = 0                   # of weights, order, noise
+    resume: bool = False            # go on from out/<name>/state.safetensors
+    device: str = "auto"            # auto, cuda, mps or cpu
+
+
+PRESETS = {"nano": {}, "taste": dict(name="taste", pool="out/pool_taste", clips=1536, steps=800, eval_every=400)}
+SHARD = 512                                        # clips simulated and encoded at a time
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the pool: latents are made once, training then never sees a pixel but the first frame's
+
+@torch.no_grad()
+def make_pool(cfg, vae, device, rank, world):
+    """Fill cfg.pool with shards of latents; -> dict(latent (N, C, 1+k, h, w) bf16, image (N, 3, H, W) uint8, text (N, 128))."""
+    common.make_dir(cfg.pool)
+    shards = [(s, f"{cfg.pool}/{s:04d}.safetensors") for s in range(math.ceil(cfg.clips / SHARD))]
+    missing = [s for s, path in shards if not os.path.exists(path)]
+    # latents of another VAE would train without complaint and sample noise, so the pool remembers which one made it
+    stamp = {"vae": float(next(iter(vae.state_dict().values())).double().sum()), "seed": cfg.seed}
+    for s, path in tqdm([shards[i] for i in missing[rank::world]], desc="pool, shards of 512", disable=rank > 0):
+        count = min(SHARD, cfg.clips - s * SHARD)
+        scenario = list(simdata.SCENARIOS)[s % len(simdata.SCENARIOS)]
+        batch = simdata.make_batch(scenario, count, cfg.seed, "train", start=s * SHARD, truth=False)
+        video = torch.cat([batch["video"], batch["video"].flip(-1)])                 # a mirrored world obeys the same laws
+        latent = torch.cat([vae.encode(v.to(device)).to("cpu", torch.bfloat16) for v in video.split(16)])
+        image = ((video[:, :, 0] + 1) * 127.5).round().byte()
+        text = M.bytes_to_tokens(batch["caption"] * 2).short()
+        common.save_weights(path, dict(latent=latent, image=image, text=text), stamp)
+    if dist.is_initialized():
+        dist.barrier()
+    parts = [common.read_weights(path) for _, path in shards]
+    for (_, path), (_, made) in zip(shards, parts):
+        if made != stamp:
+            raise common.InputError(f"{path} was made by another VAE or seed; delete {cfg.pool} or choose another --pool")
+    return {k: torch.cat([p[k] for p, _ in parts]) for k in ("latent", "image", "text")}
+
+
+def get_batch(cfg, pool, step):
+    """The global batch of a step: indices, which captions are dropped, t and the noise. A function of (seed, step) alone."""
+    g = common.generator(cfg.seed, "sft", step)
+    index = torch.randint(len(pool["latent"]), (cfg.batch,), generator=g)
+    keep = torch.rand(cfg.batch, 1, generator=g) >= cfg.drop_text
+    t = M.sample_t(cfg.batch, g)
+    shape = list(pool["latent"].shape[1:])
+    return index, pool["text"][index].long() * keep, t, torch.randn(cfg.batch, shape[0], shape[1] - 1, *shape[2:], generator=g)
+
+
+class StageOne(nn.Module):
+    """DiT and encoder under one roof, so that DDP sees every trained parameter in one forward."""
+    def __init__(self, dit, encoder):
+        super().__init__()
+        self.dit, self.encoder = dit, encoder
+
+    def forward(self, latent, image, text, t, eps):
+        grid = [n // 2 for n in latent.shape[3:]]
+        phys = self.encoder(image, grid) if self.encoder is not None else None
+        return M.flow_loss(self.dit, latent[:, :, 1:], text, latent[:, :, :1], phys, t, eps)                # (B,)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+def main():
+    cfg = common.parse_config(Config, sys.argv[1:], PRESETS)
+    common.check_range(cfg, clips=(1, 10**8), steps=(1, 10**8), batch=(1, 10**6), accumulate=(1, 10**4), lr=(0, 1),
+                       drop_text=(0, 1), ema=(0, 1), log_every=(1, 10**8), eval_every=(1, 10**8), eval_clips=(1, 10**4))
+    device, rank, world = common.setup(cfg.device)
+    if cfg.batch % (world * cfg.accumulate):
+        raise common.InputError(f"--batch={cfg.batch} must be a multiple of ranks x accumulate = {world * cfg.accumulate}")
+    vae = load_vae(f"{cfg.data}/vae.safetensors", device=device)
+    folder = common.start_run(cfg, rank, f"out/{cfg.name}")
+    log, state = f"{folder}/metrics.jsonl", f"{folder}/state.safetensors"
+    pool = make_pool(cfg, vae, device, rank, world)
+
+    # the networks
+    common.seed_everything(cfg.seed)
+    config = M.CONFIGS["nano"] | {"phys": cfg.phys}
+    dit, encoder = M.VideoDiT(config), None
+    if cfg.phys:                                   # the head starts fresh; the backbone has seen depth and stays as it is
+        encoder = load_phys_encoder(f"{cfg.data}/backbone.safetensors", config={"out_dim": config["dim"]})
+    if cfg.init_from:
+        common.load_weights(dit, cfg.init_from)
+        head = os.path.join(os.path.dirname(cfg.init_from), "head1.safetensors")
+        if cfg.phys and os.path.exists(head):
+            common.load_weights(encoder.head, head)
+    raw = StageOne(dit, encoder).to(device)
+    model = DistributedDataParallel(raw) if world > 1 else raw
+    ema = M.EMA(raw, cfg.ema)
+    trained = {k: p for k, p in raw.named_parameters() if p.requires_grad}
+    matrices = [p for p in trained.values() if p.ndim >= 2]
+    optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=cfg.weight_decay),
+                                   dict(params=[p for p in trained.values() if p.ndim < 2], weight_decay=0.0)],
+                                  lr=cfg.lr, betas=(0.9, 0.98))
+    parts = {"model": trained, "ema": ema.shadow}
+    first = common.load_state(state, parts, optimizer) if cfg.resume else 0
+    if rank == 0:
+        common.trim_log(log, first)
+        print(f"{sum(p.numel() for p in trained.values()):,} trained parameters, {len(pool['latent'])} clips, from step {first}")
+
+    def look(step):
+        """Sample val clips with the averaged weights; every rank takes its share. -> mean traj_l2; a sheet in the folder."""
+        scores, shown = [], []
+        with ema.applied(raw):
+            models = sample.Models(vae, encoder.eval() if encoder is not None else None, dit.eval())
+            for start in range(rank * 8, cfg.eval_clips, world * 8):
+                count = min(8, cfg.eval_clips - start)
+                batch = simdata.make_batch("drop", count, 0, "val", start=start)
+                video = sample.generate(models, batch["video"][:, :, 0].to(device), batch["caption"],
+                                        [("val", start + i) for i in range(count)]).cpu()
+                scores.append(judge.measure(video, batch, detail=False)["traj_l2"])
+                shown += [common.to_uint8(v) for pair in zip(batch["video"], video) for v in pair]
+        raw.train()
+        total = common.average(torch.tensor([sum(s.nansum().item() for s in scores), float(sum(len(s) for s in scores))]), device)
+        if rank == 0:
+            common.write_image(f"{folder}/{step:06d}.png", common.sheet(shown[:16], every=2))
+        return (total[0] / total[1]).item()
+
+    # training
+    stop, began, bins = common.Stop(), time.time(), torch.zeros(2, 4)
+    bar = tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, disable=rank > 0)
+    micro = cfg.batch // world // cfg.accumulate
+    for step in bar:
+        # warm up, then a cosine to 2 %: a function of the step alone, so that a resumed run takes the same path
+        lr = cfg.lr * min((step + 1) / (cfg.warmup + 1), 0.02 + 0.49 * (1 + math.cos(math.pi * step / cfg.steps)))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        index, text, t, eps = get_batch(cfg, pool, step)
+        optimizer.zero_grad(set_to_none=True)
+        for i in range(cfg.accumulate):
+            mine = slice((rank * cfg.accumulate + i) * micro, (rank * cfg.accumulate + i + 1) * micro)
+            take = lambda x: x[mine].to(device)
+            if world > 1:                          # before the forward: DDP decides there whether to reduce
+                model.require_backward_grad_sync = i == cfg.accumulate - 1
+            latent = pool["latent"][index[mine]].to(device).float()
+            image = pool["image"][index[mine]].to(device).float() / 127.5 - 1
+            with common.autocast(device):
+                loss = model(latent, image, take(text), take(t), take(eps))                                 # (micro,)
+            (loss.mean() / cfg.accumulate).backward()
+            # the average over all t hides what matters: see which part of the path is being learned
+            bins.index_add_(1, (t[mine] * 4).long().clamp_max(3), torch.stack([loss.detach().cpu(), torch.ones(micro)]))
+        norm = nn.utils.clip_grad_norm_(trained.values(), 1.0)
+        optimizer.step()
+        ema.update(raw, step)
+
+        done = step + 1
+        if done % cfg.log_every == 0:
+            total = common.average(bins, device).cpu()
+            mean = (total[0].sum() / total[1].sum()).item()
+            if rank == 0:
+                common.log_line(log, {"step": step, "loss": mean, "grad_norm": norm.item(), "lr": lr,
+                                      "seconds": round(time.time() - began, 1),
+                                      **{f"loss_t{i}/4": (s / n).item() if n else None for i, (s, n) in enumerate(total.T, 1)}})
+                bar.set_postfix(loss=f"{mean:.4f}", norm=f"{norm.item():.2f}")
+            bins.zero_()
+        ending = stop.agreed(device)
+        if done % cfg.eval_every == 0 or done == cfg.steps or ending:
+            if rank == 0:
+                common.save_state(state, done, parts, optimizer)
+        if done % cfg.eval_every == 0 or done == cfg.steps:
+            score = look(done)
+            if rank == 0:
+                common.log_line(log, {"step": step, "val_traj_l2": score})
+                bar.write(f"step {done}: val traj_l2 {score:.4f}")
+        if ending:
+            break
+
+    if rank == 0 and done == cfg.steps:
+        ema.copy_to(raw)
+        common.save_weights(f"{folder}/dit.safetensors", dit, config, torch.bfloat16)
+        if cfg.phys:
+            common.save_weights(f"{folder}/head1.safetensors", encoder.head, encoder.config, torch.bfloat16)
+        print(f"wrote {folder}/dit.safetensors" + (f" and {folder}/head1.safetensors" if cfg.phys else ""))
+    elif rank == 0:
+        print(f"stopped after {done} steps; go on with --resume=True")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    common.run(main)
