@@ -23,10 +23,10 @@ SHAPES = ("sphere", "box")
 TILE = 0.25                                        # m: the floor's tiles fix the metric scale in every picture
 RATE = 240                                         # Hz, substeps (rounded up to a multiple of the frame rate)
 #             density kg/m^3, restitution, friction, hues in degrees: what behaves differently looks different
-MATERIALS = {"rubber": (1100.0, 0.80, 0.9, (325, 385)),
-             "wood":   (650.0, 0.50, 0.5, (45, 95)),
-             "clay":   (1800.0, 0.10, 0.8, (125, 175)),
-             "steel":  (7800.0, 0.65, 0.3, (205, 290))}
+MATERIALS = {"rubber": (1100.0, 0.75, 0.9, (325, 385)),
+             "wood":   (650.0, 0.35, 0.5, (45, 95)),
+             "clay":   (1800.0, 0.05, 0.8, (125, 175)),
+             "steel":  (7800.0, 0.45, 0.3, (205, 290))}
 HUES = ("red", "orange", "yellow", "lime", "green", "mint", "cyan", "azure", "blue", "violet", "magenta", "rose")
 SPLITS = {"train": 1, "val": 2, "test": 3}
 
