@@ -142,14 +142,15 @@ def make_pairs(cfg, models, device, rank, world):
         scene, _ = simdata.make_scene(scenario, count, seed, "train", start=start)
         weights = chaos_weights(scene, batch, batch["video"].shape[2], 16)
         image, text = batch["video"][:, :, 0], M.bytes_to_tokens(batch["caption"])
-        first = models.vae.encode(image[:, :, None].to(device))
-        phys = models.encoder(image.to(device), [n // 2 for n in first.shape[3:]]) if models.encoder else None
         latents, scores = [], []
-        for k in range(cfg.candidates):
-            x0 = sample.generate_latent(models, first, text.to(device), phys,
-                                        [("pairs", seed, start + i, k) for i in range(count)], steps=cfg.sampler_steps)
-            video = models.vae.decode(torch.cat([first, x0], 2)).cpu()
-            latents.append(x0.cpu()), scores.append(score(video, batch, weights))
+        with common.autocast(device):
+            first = models.vae.encode(image[:, :, None].to(device))
+            phys = models.encoder(image.to(device), [n // 2 for n in first.shape[3:]]) if models.encoder else None
+            for k in range(cfg.candidates):
+                x0 = sample.generate_latent(models, first, text.to(device), phys,
+                                            [("pairs", seed, start + i, k) for i in range(count)], steps=cfg.sampler_steps)
+                video = models.vae.decode(torch.cat([first, x0], 2)).cpu()
+                latents.append(x0.cpu()), scores.append(score(video, batch, weights))
         latents, scores = torch.stack(latents), torch.stack(scores)                                         # (K, B, ...), (K, B)
         best, worst, every = scores.argmax(0), scores.argmin(0), torch.arange(count)
         clear = (scores[best, every] - scores[worst, every]) >= cfg.margin

@@ -62,7 +62,7 @@ class Attention(nn.Module):
 
     def forward(self, x):                                                              # (B, L, D)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)     # (B, heads, L, D/heads)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.proj(common.attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class LayerScale(nn.Module):
@@ -357,12 +357,13 @@ class Config:
     batch: int = 32                 # global batch size, a multiple of the number of ranks
     lr: float = 5e-4                # peak learning rate (AdamW)
     warmup: int = 100               # steps of linear warm-up; a cosine to zero follows
+    body_weight: float = 10.0       # extra weight of a body's pixels in the loss
     weight_decay: float = 0.05      # on matrices only
     log_every: int = 10             # steps
     eval_every: int = 250           # steps; validation
     save_every: int = 250           # steps; the state that --resume needs
     seed: int = 0                   # data order, augmentation and initial weights
-    resume: bool = False            # go on from out/<run>/state.safetensors
+    resume: bool = False            # go on from out/<name>/state.safetensors
     device: str = "auto"            # auto, cuda, mps or cpu
 
 
@@ -393,8 +394,8 @@ def cached(path, rank, resume, **what):
     return common.read_weights(path)[0]
 
 
-def ssi_loss(pred, depth):
-    """Scale-and-shift-invariant loss on inverse depth: pred (B, H, W), depth (B, H, W) in metres -> (B,).
+def ssi_loss(pred, depth, weight):
+    """Scale-and-shift-invariant loss on inverse depth: pred, depth in metres, weight (B, H, W) -> (B,).
 
     Both are brought to median 0 and mean absolute deviation 1 over the pixels with a finite depth; then L1 on values
     and, at three scales, on their differences (as in MiDaS, arXiv 1907.01341; Depth Anything trains with it)."""
@@ -406,12 +407,13 @@ def ssi_loss(pred, depth):
         d = torch.where(valid, d - median, 0)
         return d / (d.abs().sum((1, 2), keepdim=True) / n).clamp(min=1e-6)
     error = standard(pred) - standard(torch.where(valid, 1 / depth, 0))                # 0 where no depth is known
-    loss = error.abs().sum((1, 2)) / n[:, 0, 0]
+    error, n = error * weight, (valid * weight).sum((1, 2))
+    loss = error.abs().sum((1, 2)) / n
     for step in (1, 2, 4):
         e, v = error[:, ::step, ::step], valid[:, ::step, ::step]
         for axis in (1, 2):
             both = v.narrow(axis, 1, v.shape[axis] - 1) & v.narrow(axis, 0, v.shape[axis] - 1)
-            loss = loss + 0.5 * (e.diff(dim=axis).abs() * both).sum((1, 2)) / v.sum((1, 2)).clamp(min=1)
+            loss = loss + 0.5 * (e.diff(dim=axis).abs() * both).sum((1, 2)) * step**2 / n
     return loss
 
 
@@ -491,13 +493,16 @@ def main():
         pred = predict(model, val["image"], input_size, device)                        # the raw module, on every rank
         if rank == 0:
             score = abs_rel(pred, val["depth"], val["mask"]).nanmean(0)
-            common.log_line(log, {"step": step, "val_loss": ssi_loss(pred, val["depth"]).mean().item(),
+            common.log_line(log, {"step": step, "val_loss": ssi_loss(pred, val["depth"], weigh(val["mask"])).mean().item(),
                                   "abs_rel": score[0].item(), "abs_rel_bodies": score[1].item(),
                                   "abs_rel_blind": baseline[0].item(), "abs_rel_blind_bodies": baseline[1].item()})
             print(f"step {step}: AbsRel {score[0]:.4f} (blind {baseline[0]:.4f}), "
                   f"on bodies {score[1]:.4f} (blind {baseline[1]:.4f})")
             pick = torch.linspace(0, len(pred) - 1, 8).long()
             draw(f"{folder}/depth.png", val["image"][pick], val["depth"][pick], pred[pick])
+
+    def weigh(mask):                               # bodies are 4 % of the pixels, and what the physics is about
+        return 1 + cfg.body_weight * (mask > 0)
 
     progress = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, desc="pretraining", disable=rank > 0)
     for step in progress:
@@ -506,9 +511,9 @@ def main():
         index = torch.randint(len(train["image"]), (cfg.batch,), generator=g)[rank::world]
         flip = torch.rand(cfg.batch, generator=g)[rank::world] < 0.5
         gain, bias = (0.2 * torch.rand(2, cfg.batch, 3, 1, 1, generator=g) - 0.1)[:, rank::world]
-        image, depth = train["image"][index].float() / 127.5 - 1, train["depth"][index]
+        image, depth, mask = train["image"][index].float() / 127.5 - 1, train["depth"][index], train["mask"][index]
         image = torch.where(flip[:, None, None, None], image.flip(3), image) * (1 + gain) + bias
-        depth = torch.where(flip[:, None, None], depth.flip(2), depth).to(device)
+        depth, mask = (torch.where(flip[:, None, None], x.flip(2), x).to(device) for x in (depth, mask))
         image = resize(image.clamp(-1, 1).to(device), input_size, patch)               # (B, 3, 112, 112)
 
         lr = cfg.lr * min((step + 1) / max(cfg.warmup, 1), 0.5 + 0.5 * math.cos(math.pi * step / cfg.steps))
@@ -517,7 +522,7 @@ def main():
         with common.autocast(device):
             pred = net(image)
         pred = F.interpolate(pred.float()[:, None], depth.shape[-2:], mode="bilinear")[:, 0]
-        loss = ssi_loss(pred, depth).mean()
+        loss = ssi_loss(pred, depth, weigh(mask)).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(params, 1.0)

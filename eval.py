@@ -10,7 +10,6 @@ The parser knows the first frame and its masks, never the truth's future; its ow
 Metrics that PISA (2503.09595), phyworld (2411.02385) or Physics-IQ (2501.09038) define keep their definition; the
 others are defined where they are computed. Times are frames, lengths pixels, `traj_l2` and PISA's are over the diagonal.
 """
-import dataclasses
 import json
 import math
 import sys
@@ -285,8 +284,10 @@ def reference_rows(batch, again, vae):
     video = batch["video"]
     static = video[:, :, :1].expand_as(video)
     teleport = torch.cat([video[:, :, :1], video[:, :, -1:].expand(-1, -1, video.shape[2] - 1, -1, -1)], 2)
-    return {"truth re-parsed": video, "VAE round trip": vae.decode(vae.encode(video)), "jittered truth": again["video"],
-            "static": static, "teleport to the floor": teleport}
+    with common.autocast(next(vae.parameters()).device):
+        recon = vae.decode(vae.encode(video))
+    return {"truth re-parsed": video, "VAE round trip": recon, "jittered truth": again["video"], "static": static,
+            "teleport to the floor": teleport}
 
 
 @torch.no_grad()

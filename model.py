@@ -106,8 +106,8 @@ class Attention(nn.Module):
         k, v = (y.unflatten(-1, (self.heads, -1)) for y in (k, self.v(context)))                    # (B, L, N, d)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
-        q, k, v = (y.to(v.dtype).transpose(1, 2) for y in (q, k, v))                                # (B, N, L, d)
-        return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))           # (B, L, D)
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))                                            # (B, N, L, d)
+        return self.o(common.attention(q, k, v).transpose(1, 2).flatten(2))                         # (B, L, D)
 
 
 class Block(nn.Module):

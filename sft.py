@@ -75,7 +75,8 @@ def make_pool(cfg, vae, device, rank, world):
         scenario = list(simdata.SCENARIOS)[s % len(simdata.SCENARIOS)]
         batch = simdata.make_batch(scenario, count, cfg.seed, "train", start=s * SHARD, truth=False)
         video = torch.cat([batch["video"], batch["video"].flip(-1)])                 # a mirrored world obeys the same laws
-        latent = torch.cat([vae.encode(v.to(device)).to("cpu", torch.bfloat16) for v in video.split(16)])
+        with common.autocast(device):
+            latent = torch.cat([vae.encode(v.to(device)).to("cpu", torch.bfloat16) for v in video.split(16)])
         image = ((video[:, :, 0] + 1) * 127.5).round().byte()
         text = M.bytes_to_tokens(batch["caption"] * 2).short()
         common.save_weights(path, dict(latent=latent, image=image, text=text), stamp)

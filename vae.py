@@ -106,7 +106,7 @@ class AttentionBlock(nn.Module):
         B, C, T, H, W = x.shape
         h = x.transpose(1, 2).flatten(0, 1)                                            # (B*T, C, H, W)
         q, k, v = self.to_qkv(self.norm(h)).flatten(2).mT.unsqueeze(1).chunk(3, -1)    # (B*T, 1, H*W, C) each
-        h = F.scaled_dot_product_attention(q, k, v)
+        h = common.attention(q, k, v)
         h = self.proj(h.squeeze(1).mT.unflatten(2, (H, W)))
         return x + h.unflatten(0, (B, T)).transpose(1, 2)
 
@@ -417,12 +417,12 @@ def get_batch(cfg, data, step, rank, world):
 
 
 @torch.no_grad()
-def evaluate(model, data, device, rank, world, precision):
+def evaluate(model, data, device, rank, world):
     """Mean PSNR in dB over held-out clips, of whole frames and inside bodies; and the first four reconstructions."""
     total, shown = torch.zeros(3), None
     for i in range(rank * 4, len(data["val_video"]), world * 4):
         video = to_float(data["val_video"][i:i + 4]).to(device)
-        with precision():
+        with common.autocast(device):
             recon = model.decode(model.encode(video))
         error = (recon - video).square().mean(1).cpu() / 4                             # (B, T, H, W), for a range of 1
         body = data["val_mask"][i:i + 4] > 0
@@ -435,11 +435,11 @@ def evaluate(model, data, device, rank, world, precision):
 
 
 @torch.no_grad()
-def latent_stats(model, data, device, rank, world, precision, clips=512):
+def latent_stats(model, data, device, rank, world, clips=512):
     """Per-channel mean and standard deviation of the raw latent over training clips, as lists."""
     total = torch.zeros(3, model.config["z_dim"])
     for i in range(rank * 8, min(clips, len(data["video"])), world * 8):
-        with precision():
+        with common.autocast(device):
             mu = model.moments(to_float(data["video"][i:i + 8]).to(device))[0].cpu()
         total += torch.stack([mu.sum((0, 2, 3, 4)), mu.square().sum((0, 2, 3, 4)),
                               torch.full(mu.shape[1:2], mu[:, 0].numel())])
@@ -468,9 +468,6 @@ def main():
         common.trim_log(log, start)
         print(f"{sum(p.numel() for p in raw.parameters()):,} parameters, {len(data['video'])} clips, from step {start}")
 
-    def precision():
-        return torch.autocast(device.type, torch.bfloat16) if cfg.bf16 else common.autocast(device)
-
     stop, begin, seen = common.Stop(), time.time(), start
     bar = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, disable=rank > 0)
     for step in bar:
@@ -479,7 +476,7 @@ def main():
         for group in optimizer.param_groups:
             group["lr"] = lr
         video, weight, noise = (x.to(device) for x in get_batch(cfg, data, step, rank, world))
-        with precision():
+        with common.autocast(device):
             recon, mu, logvar = model(video, noise)
         error = recon - video
         # Not divided by the mean weight: so the mean over ranks is exactly the mean over the global batch.
@@ -505,7 +502,7 @@ def main():
             if rank == 0:
                 common.save_state(state, seen, {"model": raw}, optimizer)
         if seen % cfg.eval_every == 0 or seen == cfg.steps:
-            whole, inside, shown = evaluate(raw, data, device, rank, world, precision)
+            whole, inside, shown = evaluate(raw, data, device, rank, world)
             if rank == 0:
                 common.log_line(log, {"step": step, "val_psnr": whole, "val_psnr_body": inside})
                 bar.write(f"step {seen}: validation PSNR {whole:.2f} dB, inside bodies {inside:.2f} dB")
@@ -519,7 +516,7 @@ def main():
         if rank == 0:
             print(f"stopped after {seen} steps; go on with --resume=True")
     else:
-        raw.config["latent_mean"], raw.config["latent_std"] = latent_stats(raw, data, device, rank, world, precision)
+        raw.config["latent_mean"], raw.config["latent_std"] = latent_stats(raw, data, device, rank, world)
         if rank == 0:
             common.save_weights(out, raw, raw.config, torch.bfloat16)
             print(f"wrote {out} after {seen} steps")

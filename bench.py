@@ -1,0 +1,151 @@
+"""
+Speed, ours beside a peer's in the same run: medians of several repetitions, the ratio, and a check that both compute
+the same thing.
+
+    python bench.py                       # everything that runs here
+    python bench.py --only=dit --repeat=9
+
+The peers are diffusers' classes with the same random weights; where diffusers is not installed only our times are shown.
+"""
+import contextlib
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+
+import common
+import model as M
+import sample
+import simdata
+import vae as V
+
+
+@dataclass
+class Config:
+    only: str = "all"               # all, world, vae, dit or sample
+    repeat: int = 5                 # timed repetitions, after one warm-up
+    batch: int = 32                 # clips
+    data: str = "data"              # folder with the shipped weights
+    device: str = "auto"            # auto, cuda, mps or cpu
+
+
+def median(f, repeat, device):
+    """Median wall time of f() in seconds after one warm-up call, and the value that f returned last."""
+    def once():
+        begin = time.perf_counter()
+        value = f()
+        torch.cuda.synchronize() if device.type == "cuda" else None
+        return time.perf_counter() - begin, value
+    once()
+    results = [once() for _ in range(repeat)]
+    return statistics.median(t for t, _ in results), results[-1][1]
+
+
+def versus(name, ours, peer, cfg, device, tolerance=1e-4):
+    """Print ours and the peer's time, the ratio, and the largest difference of what they return."""
+    a, x = median(ours, cfg.repeat, device)
+    b, y = median(peer, cfg.repeat, device)
+    difference = (x - y).abs().max().item()
+    assert difference <= tolerance, f"{name}: results differ by {difference}"
+    print(f"{name}: ours {a * 1e3:.1f} ms, peer {b * 1e3:.1f} ms, {b / a:.2f}x as fast, max difference {difference:.1e}")
+
+
+def world(cfg, device):
+    scene, _ = simdata.make_scene("drop", 128, 0, device=device)
+    t, path = median(lambda: simdata.simulate(scene, 25, 16), 3, device)
+    print(f"simulate 128 scenes x 25 frames, 240 Hz: {128 / t:.0f} scenes/s")
+    t, _ = median(lambda: simdata.make_batch("drop", 128, 0, device=device, truth=False), 3, device)
+    print(f"simulate and film, 64 px, anti-aliased: {128 / t:.0f} clips/s")
+    t, _ = median(lambda: simdata.make_batch("drop", 128, 0, device=device), 3, device)
+    print(f"the same with masks, depth and flow: {128 / t:.0f} clips/s")
+
+
+def vae(cfg, device):
+    config = V.CONFIGS["wan2.2"] | dict(dim=16, decoder_dim=16)
+    ours = V.VideoVAE(config).to(device).eval()
+    with contextlib.suppress(ImportError), torch.no_grad():
+        from diffusers import AutoencoderKLWan
+        peer = AutoencoderKLWan(base_dim=16, decoder_base_dim=16, z_dim=48, dim_mult=config["mult"], num_res_blocks=2,
+                                temperal_downsample=config["temporal"], is_residual=True, in_channels=12, out_channels=12,
+                                patch_size=2, scale_factor_spatial=16, latents_mean=config["latent_mean"],
+                                latents_std=config["latent_std"]).to(device).eval()
+        state = {k: v for k, v in peer.state_dict().items()}
+        common.save_weights("out/bench_vae.safetensors", state, {})
+        common.load_weights(ours, "out/bench_vae.safetensors")
+        video = torch.rand(1, 3, 17, 128, 128, device=device) * 2 - 1
+        mean, std = ours.stats(video)
+        versus("Wan 2.2 VAE, width 16, encode 17 x 128 x 128, fp32", lambda: ours.encode(video),
+               lambda: (peer.encode(video).latent_dist.mean - mean) / std, cfg, device)
+        z = torch.randn(1, 48, 5, 8, 8, device=device)
+        versus("the same, decode", lambda: ours.decode(z), lambda: peer.decode(z * std + mean).sample, cfg, device)
+    nano = V.load_vae(f"{cfg.data}/vae.safetensors", device=device)
+    video = torch.rand(8, 3, 25, 64, 64, device=device) * 2 - 1
+    with torch.no_grad(), common.autocast(device):
+        t, latent = median(lambda: nano.encode(video), cfg.repeat, device)
+        u, _ = median(lambda: nano.decode(latent), cfg.repeat, device)
+    print(f"nano VAE, 25 frames of 64 px: encode {8 / t:.1f}, decode {8 / u:.1f} clips/s")
+
+
+def dit(cfg, device):
+    with contextlib.suppress(ImportError):
+        from diffusers import WanTransformer3DModel
+        peer = WanTransformer3DModel(patch_size=(1, 2, 2), num_attention_heads=4, attention_head_dim=64, in_channels=16,
+                                     out_channels=16, text_dim=128, freq_dim=256, ffn_dim=1024, num_layers=6,
+                                     cross_attn_norm=True, qk_norm="rms_norm_across_heads").to(device)
+        ours = M.VideoDiT(dict(in_dim=16, out_dim=16, dim=256, ffn_dim=1024, num_heads=4, num_layers=6, freq_dim=256,
+                               text="features", text_dim=128, text_len=32, phys=False)).to(device)
+        common.save_weights("out/bench_dit.safetensors", peer, {})
+        common.load_weights(ours, "out/bench_dit.safetensors")
+        x, t = torch.randn(cfg.batch, 16, 7, 8, 8, device=device), torch.rand(cfg.batch, device=device)
+        text = torch.randn(cfg.batch, 32, 128, device=device)
+
+        def train(model, *inputs):
+            model.zero_grad(set_to_none=True)
+            out = model(*inputs)
+            out = out if torch.is_tensor(out) else out.sample
+            out.square().mean().backward()
+            return out.detach()
+        versus(f"DiT, nano width, batch {cfg.batch}, forward + backward, fp32", lambda: train(ours, x, t, text),
+               lambda: train(peer, x, t * 1000, text), cfg, device)
+    nano = M.VideoDiT(M.CONFIGS["nano"]).to(device)
+    B = cfg.batch
+    inputs = [torch.randn(B, 16, 6, 8, 8, device=device), M.bytes_to_tokens(["a red rubber ball falls"] * B).to(device),
+              torch.randn(B, 16, 1, 8, 8, device=device), torch.randn(B, 16, 256, device=device), torch.rand(B, device=device),
+              torch.randn(B, 16, 6, 8, 8, device=device)]
+    for phys in (True, False):
+        args = inputs if phys else [*inputs[:3], None, *inputs[4:]]
+
+        def step():
+            with common.autocast(device):
+                M.flow_loss(nano, *args).mean().backward()
+        t, _ = median(step, cfg.repeat, device)
+        print(f"nano training step, {'with' if phys else 'without'} physical tokens: {B / t:.1f} clips/s")
+
+
+def sampling(cfg, device):
+    models = sample.load_models(cfg.data, 1, device=device)
+    plain = sample.Models(models.vae, None, models.dit)
+    image = torch.rand(1, 3, 64, 64, device=device) * 2 - 1
+    with_encoder, _ = median(lambda: sample.generate(models, image, ["a ball"], [0]), cfg.repeat, device)
+    without, _ = median(lambda: sample.generate(plain, image, ["a ball"], [0]), cfg.repeat, device)
+    print(f"sampling one clip, 12 steps: {with_encoder:.2f} s; the encoder and its tokens cost {100 * (with_encoder / without - 1):.0f} %")
+
+
+def main():
+    cfg = common.parse_config(Config, sys.argv[1:])
+    common.check_range(cfg, repeat=(1, 1000), batch=(1, 4096))
+    parts = {"world": world, "vae": vae, "dit": dit, "sample": sampling}
+    if cfg.only not in ("all", *parts):
+        raise common.InputError(f"--only={cfg.only}: expected all, {', '.join(parts)}")
+    device, _, _ = common.setup(cfg.device)
+    common.make_dir("out")
+    print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads")
+    for name, part in parts.items():
+        if cfg.only in ("all", name):
+            part(cfg, device)
+
+
+if __name__ == "__main__":
+    common.run(main)

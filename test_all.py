@@ -1,0 +1,866 @@
+"""
+Every promise, tested:  python -m pytest -q test_all.py        (a few minutes on two CPU cores)
+
+Parity with diffusers and transformers is checked where these are installed and skipped where they are not.
+"""
+import hashlib
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import common
+import dpo
+import encoder as E
+import eval as judge
+import model as M
+import sample
+import sft
+import simdata
+import vae as V
+from common import InputError
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+torch.set_num_threads(2)
+
+
+def run(*command, ok=True, cwd=None, timeout=300):
+    """Run one of our scripts as a user would -> CompletedProcess. The output folder out/ is then in cwd."""
+    command = [sys.executable, os.path.join(HERE, command[0]), *command[1:]]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout)
+    assert not ok or done.returncode == 0, done.stderr[-2000:]
+    return done
+
+
+def refused(*command, cwd, says):
+    """One clear line on stderr, exit code 2, no traceback."""
+    done = run(*command, ok=False, cwd=cwd)
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert done.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: "), (command, done.returncode, done.stderr[-800:])
+    assert re.search(says, lines[0]), lines[0]
+
+
+def layout(module):
+    """md5 of a state dict's names and shapes, as the tools that recognise published checkpoints compute it: every key
+    twice, bare and with its shape."""
+    state = module.state_dict()
+    names = [*state, *(f"{k}:{'_'.join(map(str, v.shape))}" for k, v in state.items())]
+    return hashlib.md5(",".join(sorted(names)).encode()).hexdigest()
+
+
+def randomise(module, scale=0.05):
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(scale * torch.randn_like(p))
+    return module.eval()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the world
+
+def one_body(shape, restitution, height=1.0, friction=0.5, velocity=(0.0, 0.0, 0.0)):
+    """One body a scene, 0.15 m, lying flat at `height` above the floor; restitution: list, one scene each."""
+    B = len(restitution)
+    scene = simdata.bodies(torch.full((B, 1), shape), torch.full((B, 1, 3), 0.15), torch.zeros(B, 1, dtype=torch.long),
+                           torch.tensor([0.0, 0.0, 0.15 + height]).repeat(B, 1, 1), torch.tensor([1.0, 0, 0, 0]).repeat(B, 1, 1),
+                           torch.ones(B, 1, dtype=torch.bool), torch.zeros(B, 1), torch.ones(B, 1, 2), torch.ones(B, 1, dtype=torch.bool))
+    return scene | dict(restitution=torch.tensor(restitution)[:, None], friction=torch.full((B, 1), friction),
+                        velocity=torch.tensor(velocity).repeat(B, 1, 1))
+
+
+def test_free_fall_and_rebound():
+    e = [0.0, 0.3, 0.5, 0.8, 1.0]
+    path = simdata.simulate(one_body(0, e), 480, 480)
+    z, t = path["position"][:, :, 0, 2] - 0.15, torch.arange(480) / 480
+    hit = math.sqrt(2 / 9.81)
+    fall = t < hit - 0.01
+    A = torch.stack([t * t / 2, t, torch.ones_like(t)], 1)[fall].double()
+    assert abs(torch.linalg.lstsq(A, z[0, fall, None].double()).solution[0].item() / -9.81 - 1) < 1e-3
+    for i, restitution in enumerate(e):
+        rebound = z[i][(t > hit) & (t < hit * (1 + 2 * restitution) * 0.98)]
+        assert abs((rebound.max().item() if len(rebound) else 0.0) - restitution**2) < 0.01, restitution
+    assert z.min() > -1e-4                         # nothing sinks in
+
+
+def test_sliding_and_rolling():
+    slide = simdata.simulate(one_body(1, [0.0], 0.0, 0.5, (2.0, 0, 0)), 40, 16)
+    assert slide["position"][0, -1, 0, 0] == pytest.approx(2**2 / (2 * 0.5 * 9.81), rel=0.02)
+    roll = simdata.simulate(one_body(0, [0.0], 0.0, 0.5, (2.0, 0, 0)), 40, 16)        # a ball ends at 5/7 of its speed
+    assert roll["velocity"][0, -1, 0, 0] == pytest.approx(2 * 5 / 7, rel=0.01)
+    assert roll["angular_velocity"][0, -1, 0, 1] == pytest.approx(2 * 5 / 7 / 0.15, rel=0.01)
+
+
+def energy(scene, path):
+    """Potential and kinetic energy of all bodies, (B, T) J."""
+    square, m = scene["half_extents"].square(), scene["mass"]
+    inertia = m[..., None] * torch.where((scene["shape"] == 0)[..., None], 0.4 * square, (square.sum(-1, keepdim=True) - square) / 3)
+    spin = simdata.rotate(simdata.quat_to_matrix(path["rotation"]).mT, path["angular_velocity"])
+    each = m[:, None] * (9.81 * path["position"][..., 2] + path["velocity"].square().sum(-1) / 2) \
+        + (inertia[:, None] * spin.square()).sum(-1) / 2
+    return (each * scene["alive"][:, None]).sum(-1)
+
+
+def test_no_scene_gains_energy_and_all_settle_down():
+    scene, _ = simdata.make_scene("drop", 200, 11)
+    path = simdata.simulate(scene, 33, 16)
+    total = energy(scene, path)
+    assert ((total.amax(1) - total[:, 0]) / total[:, 0]).max() < 0.01
+    low = path["position"][..., 2] - (simdata.quat_to_matrix(path["rotation"])[..., 2, :].abs() * scene["half_extents"][:, None]).sum(-1)
+    box = (scene["shape"] == 1) & scene["alive"]
+    assert low.transpose(1, 2)[box].min() > -0.01  # no corner under the floor
+
+
+def test_collision_keeps_momentum():
+    scene = one_body(0, [1.0], 1.0)
+    two = {k: torch.cat([v, v], 1) if v.ndim > 1 else v for k, v in scene.items()}
+    two["position"] = torch.tensor([[[-0.5, 0, 3.0], [0.5, 0.05, 3.0]]])
+    two["velocity"] = torch.tensor([[[2.0, 0, 0], [-1.0, 0, 0]]])
+    two["mass"] = torch.tensor([[1.0, 3.0]])
+    path = simdata.simulate(two, 9, 16, gravity=torch.zeros(1, 3))
+    momentum = (two["mass"][:, None, :, None] * path["velocity"]).sum(2)
+    assert (path["velocity"][0, -1, 0] - path["velocity"][0, 0, 0]).norm() > 1       # they did meet
+    assert (momentum[:, -1] - momentum[:, 0]).norm() < 1e-3
+    kinetic = (two["mass"][:, None] * path["velocity"].square().sum(-1) / 2).sum(-1) \
+        + (0.2 * two["mass"][:, None] * 0.15**2 * path["angular_velocity"].square().sum(-1)).sum(-1)
+    assert kinetic[0, -1] <= kinetic[0, 0] * 1.001
+
+
+@pytest.fixture(scope="module")
+def clips():
+    return simdata.make_batch("drop", 6, 3, split="val")
+
+
+def test_batch_has_what_it_promises(clips):
+    B, T, N = 6, 25, clips["alive"].shape[1]
+    shapes = dict(video=(B, 3, T, 64, 64), mask=(B, T, 64, 64), depth=(B, T, 64, 64), flow=(B, T - 1, 2, 64, 64),
+                  visible=(B, T - 1, 64, 64), position=(B, T, N, 3), rotation=(B, T, N, 4), velocity=(B, T, N, 3),
+                  angular_velocity=(B, T, N, 3), alive=(B, N), shape=(B, N), half_extents=(B, N, 3), dynamic=(B, N),
+                  mass=(B, N), restitution=(B, N), friction=(B, N), gravity=(B, 3))
+    for key, shape in shapes.items():
+        assert tuple(clips[key].shape) == shape, key
+    assert clips["mask"].dtype == torch.uint8 and clips["visible"].dtype == torch.bool
+    assert clips["camera"]["intrinsics"].shape == (B, 3, 3) and clips["camera"]["world_to_camera"].shape == (B, 4, 4)
+    assert len(clips["caption"]) == B and all(0 < len(c) <= 128 for c in clips["caption"])
+    assert clips["video"].abs().max() <= 1 and clips["depth"].isfinite().all()
+
+
+def test_clips_do_not_depend_on_batch_or_chunk(clips):
+    part = simdata.make_batch("drop", 3, 3, split="val", start=2, chunk=2)
+    for key in ("video", "mask", "depth", "flow", "position"):
+        assert torch.equal(part[key], clips[key][2:5]), key
+    other = simdata.make_batch("drop", 3, 3, split="test", start=2, truth=False)
+    assert not torch.equal(other["video"], part["video"])                            # splits are disjoint
+
+
+def test_flow_and_depth_say_where_things_go(clips):
+    """Warping frame t+1 back by the flow gives frame t where the flow says it is visible, and depth is where bodies are."""
+    video, flow, visible, mask = clips["video"], clips["flow"], clips["visible"], clips["mask"]
+    B, _, T, H, W = video.shape
+    s = torch.arange(64) + 0.5
+    grid = torch.stack(torch.meshgrid(s, s, indexing="xy"), -1)
+    at = (grid + flow.permute(0, 1, 3, 4, 2)) / 32 - 1
+    back = F.grid_sample(video[:, :, 1:].transpose(1, 2).flatten(0, 1), at.flatten(0, 1), align_corners=False).view(B, T - 1, 3, H, W)
+    body = (mask[:, :-1] > 0) & visible
+    warped = (back - video[:, :, :-1].transpose(1, 2)).abs().mean(2)[body].mean()
+    still = (video[:, :, 1:] - video[:, :, :-1]).abs().mean(1)[body].mean()
+    assert warped < 0.4 * still
+    uv, z = simdata.project(clips["position"], clips["camera"])
+    b, t, k = 0, 0, 0
+    x, y = uv[b, t, k].int().tolist()
+    assert mask[b, t, y, x] > 0
+    h = clips["half_extents"][b, k]
+    assert h.min() * 0.5 <= (z[b, t, k] - clips["depth"][b, t, y, x]) <= h.norm() or mask[b, t, y, x] != k + 1
+
+
+def test_clip_follows_from_what_is_visible(clips):
+    """Restitution, friction and density are the material's, which the caption names; the world's scale shows in frame 0."""
+    table = torch.tensor([m[:3] for m in simdata.MATERIALS.values()])[clips["material"]]
+    alive = clips["alive"]
+    assert torch.equal(clips["restitution"][alive], table[..., 1][alive]) and torch.equal(clips["friction"][alive], table[..., 2][alive])
+    for caption, live, material in zip(clips["caption"], alive, clips["material"]):
+        assert all(list(simdata.MATERIALS)[m] in caption for m in material[live])
+    scene, _ = simdata.make_scene("drop", 2, 3)
+    path = simdata.simulate(scene, 1, 16)
+    frame = simdata.render(scene, path, 64, 2, False)["video"]
+    big = scene | dict(position=scene["position"] * 1.2, half_extents=scene["half_extents"] * 1.2, eye=scene["eye"] * 1.2)
+    big["camera"] = dict(intrinsics=scene["camera"]["intrinsics"], world_to_camera=scene["camera"]["world_to_camera"].clone())
+    big["camera"]["world_to_camera"][:, :3, 3] *= 1.2
+    larger = simdata.render(big, simdata.simulate(big, 1, 16), 64, 2, False)["video"]
+    assert (larger - frame).abs().amax((1, 2, 3, 4)).min() > 0.02                    # the tiles stay 0.25 m
+
+
+def test_a_new_scenario_is_one_function():
+    def shelf(draw, unseen):
+        scene = simdata.drop(draw, unseen)
+        return scene | dict(velocity=scene["velocity"] + torch.tensor([0.5, 0, 0]))
+    simdata.SCENARIOS["shelf"] = shelf
+    try:
+        assert simdata.make_batch("shelf", 2, 0, frames=5)["video"].shape == (2, 3, 5, 64, 64)
+    finally:
+        del simdata.SCENARIOS["shelf"]
+
+
+def test_world_refuses():
+    for bad in (dict(scenario="fly"), dict(split="dev"), dict(batch_size=0), dict(frames=0)):
+        with pytest.raises(ValueError):
+            simdata.make_batch(**dict(scenario="drop", batch_size=1, seed=0) | bad)
+    for key, value in (("mass", -1.0), ("position", math.nan)):
+        scene = one_body(0, [0.5])
+        scene[key] = scene[key] * value
+        with pytest.raises(ValueError):
+            simdata.simulate(scene, 2, 16)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the VAE
+
+@pytest.mark.parametrize("name,md5,parameters", [("wan2.1", "ccc42284ea13e1ad04693284c7a09be6", 126892531),
+                                                 ("wan2.2", "e1de6c02cdac79f8b739f4d3698cd216", 704688668)])
+def test_vae_layout(name, md5, parameters):
+    with torch.device("meta"):
+        vae = V.VideoVAE(V.CONFIGS[name])
+    assert layout(vae) == md5 and sum(p.numel() for p in vae.parameters()) == parameters
+
+
+@pytest.mark.parametrize("name", ["wan2.1", "wan2.2"])
+def test_vae_parity(name, tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    c = V.CONFIGS[name] | dict(dim=8, decoder_dim=8)
+    residual = c["residual"]
+    torch.manual_seed(0)
+    ref = diffusers.AutoencoderKLWan(
+        base_dim=8, decoder_base_dim=8, z_dim=c["z_dim"], dim_mult=c["mult"], num_res_blocks=2, temperal_downsample=c["temporal"],
+        is_residual=residual, in_channels=12 if residual else 3, out_channels=12 if residual else 3,
+        patch_size=2 if residual else None, scale_factor_spatial=16 if residual else 8,
+        latents_mean=c["latent_mean"], latents_std=c["latent_std"])
+    randomise(ref, 0.02)
+    ref.save_pretrained(tmp_path)
+    vae = V.load_vae(str(tmp_path / "diffusion_pytorch_model.safetensors"), c)
+    video = torch.rand(1, 3, 9, 2 * vae.stride, 2 * vae.stride) * 2 - 1
+    mean, std = (torch.tensor(c[k]).view(1, -1, 1, 1, 1) for k in ("latent_mean", "latent_std"))
+    z = torch.randn(1, c["z_dim"], 3, 2, 2)
+    with torch.no_grad():
+        assert (ref.encode(video).latent_dist.mean - (vae.encode(video) * std + mean)).abs().max() <= 1e-5
+        assert (ref.decode(z * std + mean).sample - vae.decode(z)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["nano", "wan2.1", "wan2.2"])
+def test_vae_is_causal(name):
+    """One image's latent is frame 0 of the clip's; a prefix decodes to the prefix; a late frame changes no early latent."""
+    vae = randomise(V.VideoVAE(V.CONFIGS[name] | dict(dim=8, decoder_dim=8)))
+    video = torch.rand(1, 3, 9, 2 * vae.stride, 2 * vae.stride) * 2 - 1
+    with torch.no_grad():
+        z = vae.encode(video)
+        assert (vae.encode(video[:, :, :1]) - z[:, :, :1]).abs().max() <= 1e-5
+        assert (vae.decode(z[:, :, :2]) - vae.decode(z)[:, :, :5]).abs().max() <= 1e-5
+        video[:, :, -1] *= -1
+        changed = (vae.encode(video) - z).abs().amax((0, 1, 3, 4))
+    assert changed[0] == 0 and changed[1] == 0 and changed[2] > 1e-4
+
+
+def test_vae_refuses():
+    vae = V.VideoVAE(V.CONFIGS["nano"])
+    for shape in [(1, 3, 4, 64, 64), (1, 3, 5, 60, 64), (3, 5, 64, 64)]:
+        with pytest.raises(InputError):
+            vae.encode(torch.zeros(shape))
+    with pytest.raises(InputError):
+        vae.decode(torch.zeros(1, 4, 2, 8, 8))
+
+
+def test_shipped_vae_reconstructs(clips):
+    vae = V.load_vae(f"{HERE}/data/vae.safetensors")
+    with torch.no_grad():
+        z = vae.encode(clips["video"])
+        out = vae.decode(z)
+    psnr = -10 * ((out - clips["video"]) / 2).square().mean((1, 2, 3, 4)).log10()
+    assert psnr.mean() > 29 and 0.7 < z.std() < 1.3                                  # and its latents are normalised
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the encoder
+
+TINY_VIT = dict(image_size=518, input_size=56, patch_size=14, dim=48, depth=4, heads=3, registers=0, layers=[0, 1, 2, 3],
+                features=16, out_channels=[8, 16, 24, 24])
+
+
+def imagenet(image):
+    return ((image + 1) / 2 - torch.tensor([0.485, 0.456, 0.406])[:, None, None].to(image)) / torch.tensor([0.229, 0.224, 0.225])[:, None, None].to(image)
+
+
+@pytest.mark.parametrize("registers,size", [(0, 518), (4, 112)])
+def test_dinov2_parity(registers, size, tmp_path):
+    hub = pytest.importorskip("transformers")
+    options = dict(hidden_size=48, num_hidden_layers=4, num_attention_heads=3, image_size=518, patch_size=14)
+    torch.manual_seed(0)
+    ref = hub.Dinov2WithRegistersModel(hub.Dinov2WithRegistersConfig(**options)) if registers else hub.Dinov2Model(hub.Dinov2Config(**options))
+    randomise(ref).save_pretrained(tmp_path)
+    net = E.DINOv2(TINY_VIT | {"registers": registers})
+    common.load_weights(net, tmp_path)
+    image = torch.rand(1, 3, size, size) * 2 - 1
+    with torch.no_grad():
+        features, cls = net(image)
+        out = ref(imagenet(image), output_hidden_states=True)
+        for ours, theirs in zip(features, out.hidden_states[1:]):
+            assert (ours - ref.layernorm(theirs)[:, 1 + registers:]).abs().max() <= 1e-5
+        assert (cls - out.pooler_output).abs().max() <= 1e-5
+
+
+def test_depth_anything_parity(tmp_path):
+    hub = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    backbone = hub.Dinov2Config(hidden_size=48, num_hidden_layers=4, num_attention_heads=3, image_size=518, patch_size=14,
+                                out_indices=[1, 2, 3, 4], reshape_hidden_states=False)
+    ref = randomise(hub.DepthAnythingForDepthEstimation(hub.DepthAnythingConfig(
+        backbone_config=backbone, reassemble_hidden_size=48, neck_hidden_sizes=[8, 16, 24, 24], fusion_hidden_size=16)))
+    for m in [*ref.neck.modules(), *ref.head.modules()]:
+        if hasattr(m, "kernel_size"):              # its own initialisation leaves a signal of 4e-4: any bound would be met
+            torch.nn.init.kaiming_normal_(m.weight)
+    with torch.no_grad():
+        ref.head.conv3.weight.mul_(0.1), ref.head.conv3.bias.fill_(1.0)
+    ref.save_pretrained(tmp_path)
+    net = E.DepthAnything(TINY_VIT).eval()
+    common.load_weights(net, tmp_path)
+    net, ref, image = net.double(), ref.double(), torch.rand(1, 3, 518, 518, dtype=torch.float64) * 2 - 1
+    with torch.no_grad():
+        want = ref(imagenet(image)).predicted_depth
+        assert want.std() > 0.1 and (net(image) - want).abs().max() <= 1e-8
+
+
+def test_phys_encoder():
+    encoder = E.PhysEncoder(E.CONFIGS["nano"] | {"out_dim": 256})
+    assert sum(p.numel() for p in encoder.parameters()) < 7e6
+    images = torch.rand(2, 3, 64, 64) * 2 - 1
+    tokens = encoder.train()(images, (4, 4))
+    assert tokens.shape == (2, 16, 256) and 0.1 < tokens.std() < 2
+    assert not torch.allclose(tokens[0], tokens[1])                                  # the picture matters
+    tokens.square().mean().backward()
+    assert all(p.grad is None for p in encoder.backbone.parameters()) and not encoder.backbone.training
+    assert all(p.grad is not None for p in encoder.head.parameters() if p.requires_grad)
+    assert encoder(torch.rand(1, 3, 30, 52), (3, 5)).shape == (1, 15, 256)           # any size, any grid
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the DiT
+
+TINY_DIT = dict(in_dim=8, out_dim=8, dim=96, ffn_dim=160, num_heads=2, num_layers=3, freq_dim=256, text="features", text_dim=40,
+                text_len=24, phys=False)
+
+
+def tiny_dit(**extra):
+    torch.manual_seed(0)
+    return randomise(M.VideoDiT(TINY_DIT | extra))
+
+
+def tiny_inputs():
+    g = common.generator("inputs")
+    r = lambda *s: torch.randn(*s, generator=g)
+    return dict(x=r(2, 8, 3, 8, 12), t=torch.rand(2, generator=g), text=r(2, 24, 40), image=r(2, 8, 1, 8, 12), phys=r(2, 6, 96))
+
+
+@pytest.mark.parametrize("name,extra,md5,parameters", [
+    ("wan1.3b", {}, "9269f8db9040a9d860eaca435be61814", 1418996800),
+    ("wan5b", {}, "1f5ab7703c6fc803fdded85ff040c316", 4999787712),
+    ("wan14b", {"in_dim": 36}, "5b013604280dd715f8457c6ed6d6a626", None)])           # Wan2.2-I2V-A14B's layout
+def test_dit_layout(name, extra, md5, parameters):
+    with torch.device("meta"):
+        dit = M.VideoDiT(M.CONFIGS[name] | extra)
+    assert layout(dit) == md5 and parameters in (None, sum(p.numel() for p in dit.parameters()))
+
+
+def test_dit_parity(tmp_path):
+    """Against WanTransformer3DModel: all frames at t, and the image-to-video way, frame 0 at time 0."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    ref = randomise(diffusers.WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=48, in_channels=8, out_channels=8, text_dim=40, freq_dim=256,
+        ffn_dim=160, num_layers=3, cross_attn_norm=True, qk_norm="rms_norm_across_heads"))
+    common.save_weights(tmp_path / "dit.safetensors", ref, {})
+    dit, i = M.VideoDiT(TINY_DIT), tiny_inputs()
+    common.load_weights(dit, tmp_path / "dit.safetensors")
+    times = torch.cat([torch.zeros(2, 24), (i["t"] * 1000)[:, None].expand(-1, 72)], 1)
+    with torch.no_grad():
+        assert (ref(i["x"], i["t"] * 1000, i["text"]).sample - dit(i["x"], i["t"], i["text"])).abs().max() <= 1e-5
+        want = ref(torch.cat([i["image"], i["x"]], 2), times, i["text"]).sample[:, :, 1:]
+        assert (want - dit(i["x"], i["t"], i["text"], i["image"])).abs().max() <= 1e-5
+
+
+def test_schedule_parity():
+    diffusers = pytest.importorskip("diffusers")
+    for shift, n in ((1.0, 10), (5.0, 50)):
+        ref, seen = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift), []
+        ref.set_timesteps(sigmas=np.linspace(1, 0, n + 1)[:-1])
+        M.sample(lambda x, t, *a: seen.append(t[0].item()) or 0 * x, None, None, None, torch.zeros(1, 1, 1, 1, 1), n, shift)
+        assert np.allclose(seen, ref.sigmas[:-1], atol=1e-6)
+
+
+def test_every_input_changes_the_output():
+    plain, dit, i = tiny_dit(), M.add_phys(tiny_dit()), tiny_inputs()
+    with torch.no_grad():
+        without = dict(i, phys=None)
+        assert torch.equal(plain(**without), dit(**without))                         # no encoder: byte-identical
+        out = dit(**i)
+        for key in i:                              # x, t, text, image and physical tokens
+            assert (dit(**dict(i, **{key: i[key].flip(0)})) - out).abs().max() > 1e-3, key
+        assert (dit(**dict(i, phys=i["phys"].flip(1))) - out).abs().max() > 1e-4     # and where a token stands
+    for key, bad in dict(x=i["x"][:, :3], t=i["t"][:1], image=i["x"], phys=i["phys"][:, :5]).items():
+        with pytest.raises(InputError):
+            dit(**dict(i, **{key: bad}))
+
+
+def test_physical_tokens_stand_where_they_look():
+    full = M.rotary_table(48, 2, 4, 6, 1, (4, 6), torch.device("cpu"))
+    assert torch.equal(full[:24], full[24:48])
+    coarse = M.rotary_table(48, 2, 4, 6, 1, (2, 3), torch.device("cpu"))[24:30, 0].angle()
+    assert torch.allclose(coarse[:, 8], torch.tensor([0.5, 0.5, 0.5, 2.5, 2.5, 2.5]))
+
+
+@pytest.mark.parametrize("solver", ["euler", "ab2"])
+def test_oracle_velocity_recovers_the_clip(solver):
+    x0, eps = torch.randn(2, 4, 3, 8, 8), common.randn((4, 3, 8, 8), [("a", 0), ("a", 1)])
+    out = M.sample(lambda x, t, *a: eps - x0, None, None, None, eps, steps=7, shift=3.0, solver=solver)
+    assert torch.allclose(out, x0, atol=2e-6)
+    loss = M.flow_loss(lambda x, t, *a: eps - x0, x0, None, None, None, torch.rand(2), eps)
+    assert loss.shape == (2,) and loss.max() < 1e-10
+
+
+def test_order_of_the_solvers():
+    """For Gaussian data the exact path is known: x(0) = s eps. Twice the steps halve Euler's error and quarter AB2's."""
+    s = 0.5
+
+    def v(x, t, *a):
+        t = t.view(-1, 1, 1, 1, 1)
+        return x * (t - (1 - t) * s * s) / ((1 - t) ** 2 * s * s + t * t)
+
+    eps = torch.randn(1, 1, 1, 4, 4, dtype=torch.float64)
+    error = lambda n, solver: (M.sample(v, None, None, None, eps, n, 1.0, solver=solver) - s * eps).abs().max().item()
+    assert 1.7 < error(40, "euler") / error(80, "euler") < 2.3 and 3.3 < error(40, "ab2") / error(80, "ab2") < 4.7
+
+
+def test_guidance_acts_on_text_only():
+    f = lambda x, t, text, *a: x * 0 + text
+    go = lambda **k: M.sample(f, None, 2.0, None, torch.zeros(1, 1, 1, 1, 1), steps=3, **k).item()
+    assert abs(go() + 2) < 1e-6 and abs(go(cfg=3.0, text_null=1.0) + 4) < 1e-6
+    with pytest.raises(InputError):
+        go(cfg=3.0)
+
+
+def test_bytes():
+    t = M.bytes_to_tokens(["", "aé", "x" * 200])
+    assert t.shape == (3, 128) and t[0].sum() == 0 and t[1, :4].tolist() == [98, 0xC3 + 1, 0xA9 + 1, 0] and (t[2] > 0).all()
+
+
+def test_lora(tmp_path):
+    dit, i = M.add_phys(tiny_dit()), tiny_inputs()
+    base = {k: v.clone() for k, v in dit.state_dict().items()}
+    with torch.no_grad():
+        before = dit(**i)
+        M.add_lora(dit, 4, 8, seed=1)
+        assert torch.equal(before, dit(**i))                                         # a no-op, to the bit
+    assert {n.rsplit(".", 1)[1] for n, p in dit.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
+    left = dit.load_state_dict(base, strict=False)                                   # the order of loading does not matter
+    assert not left.unexpected_keys and set(left.missing_keys) == set(M.lora_state(dit))
+    with torch.no_grad():
+        for name, p in dit.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.1)
+        after = dit(**i)
+        assert (after - before).abs().max() > 1e-3
+        other = M.add_lora(M.add_phys(tiny_dit()), 4, 8)
+        M.load_lora(other, M.lora_state(dit))
+        assert torch.equal(other(**i), after)
+        M.merge_lora(other)
+        assert set(other.state_dict()) == set(base) and (other(**i) - after).abs().max() < 1e-5
+    with pytest.raises(InputError):
+        M.load_lora(M.add_lora(M.add_phys(tiny_dit()), 2, 8), M.lora_state(dit))
+
+
+def test_ema():
+    dit = tiny_dit()
+    ema, old = M.EMA(dit, 0.9), {k: p.detach().clone() for k, p in dit.named_parameters()}
+    randomise(dit)
+    new = {k: p.detach().clone() for k, p in dit.named_parameters()}
+    ema.update(dit, 1000)
+    assert all(torch.allclose(v, 0.9 * old[k] + 0.1 * new[k], atol=1e-6) for k, v in ema.shadow.items())
+    with ema.applied(dit):
+        assert all(torch.equal(p, ema.shadow[k]) for k, p in dit.named_parameters())
+    assert all(torch.equal(p, new[k]) for k, p in dit.named_parameters())
+
+
+def test_one_clip_can_be_overfitted():
+    torch.manual_seed(0)
+    dit = M.VideoDiT(M.CONFIGS["nano"] | dict(num_layers=2, dim=128, ffn_dim=256, num_heads=2, phys=False))
+    g = common.generator("overfit")
+    x0, image = torch.randn(1, 16, 6, 8, 8, generator=g), torch.randn(1, 16, 1, 8, 8, generator=g)
+    text = M.bytes_to_tokens(["a red rubber ball falls"])
+    optimizer = torch.optim.AdamW(dit.parameters(), lr=2e-3)
+    for step in range(150):
+        t, eps = M.sample_t(8, g), torch.randn(8, *x0.shape[1:], generator=g)
+        loss = M.flow_loss(dit, x0.expand(8, -1, -1, -1, -1), text.expand(8, -1), image.expand(8, -1, -1, -1, -1), None, t, eps).mean()
+        optimizer.zero_grad(), loss.backward(), optimizer.step()
+    dit.eval()
+    out = M.sample(dit, image, text, None, torch.randn(x0.shape, generator=g), steps=12, shift=1.0)
+    assert (out - x0).square().mean() < 0.15, (out - x0).square().mean()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# DPO
+
+def test_dpo_starts_at_ln_2_and_pulls_the_right_way():
+    dit = M.add_lora(M.VideoDiT(M.CONFIGS["nano"] | dict(num_layers=1)), 4, 8)
+    with torch.no_grad():
+        dit.head.head.weight.normal_(std=0.05)
+    encoder = E.PhysEncoder(E.CONFIGS["nano"] | {"out_dim": 256})
+    policy = dpo.Policy(dit, encoder.head.requires_grad_(False))
+    reference = {k: p.detach().clone() for k, p in policy.named_parameters() if p.requires_grad}
+    g = common.generator("dpo")
+    r = lambda *s: torch.randn(*s, generator=g)
+    features = encoder.features(torch.rand(3, 3, 64, 64, generator=g) * 2 - 1)
+    inputs = (*features, r(3, 16, 1, 8, 8), r(3, 16, 6, 8, 8), r(3, 16, 6, 8, 8), M.bytes_to_tokens(["a ball"] * 3), torch.rand(3, generator=g), r(3, 16, 6, 8, 8))
+    err_w, err_l = policy(*inputs)
+    with torch.no_grad():
+        ref_w, ref_l = torch.func.functional_call(policy, reference, inputs)
+    loss = dpo.dpo_loss(err_w, err_l, ref_w, ref_l, 2000.0)
+    assert loss.shape == (3,) and torch.allclose(loss, torch.full((3,), math.log(2)), atol=1e-6)
+    loss.mean().backward()
+    optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=1e-3)
+    optimizer.step()
+    with torch.no_grad():
+        new_w, new_l = policy(*inputs)
+    assert dpo.dpo_loss(new_w, new_l, ref_w, ref_l, 2000.0).mean() < math.log(2)
+    assert dpo.dpo_loss(torch.tensor([0.1]), torch.tensor([0.3]), torch.tensor([0.2]), torch.tensor([0.2]), 100.0) < math.log(2)
+
+
+def test_chaos_has_little_weight_and_scores_prefer_the_truth(clips):
+    scene, _ = simdata.make_scene("drop", 6, 3, "val")
+    w = dpo.chaos_weights(scene, clips, 25, 16, sims=2)
+    early, late = w[:, 1:5][:, :, 0].mean(), w[:, -5:][:, :, 0].mean()
+    assert early > late                            # what happens later is harder to foretell
+    again = simdata.make_batch("drop", 6, 3, split="val", jitter_seed=1, truth=False)["video"]
+    static = clips["video"][:, :, :1].expand_as(clips["video"])
+    truth, near, far = (dpo.score(v, clips, w) for v in (clips["video"], again, static))
+    assert (truth > near).all() and (near > far).float().mean() > 0.8 and truth.min() > -0.5
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the judge
+
+def test_parser_on_the_truth():
+    batch = simdata.make_batch("drop", 32, 21, split="val")
+    N = batch["alive"].shape[1]
+    alpha = judge.parse(batch["video"], batch["video"][:, :, 0], batch["mask"][:, 0], N)
+    true = torch.stack([batch["mask"] == k + 1 for k in range(N)], 2)
+    area = true.sum((-2, -1))
+    seen = (area >= 0.5 * area.amax(1, keepdim=True).clamp_min(8)) & batch["alive"][:, None]
+    error = (judge.centroids(alpha) - judge.centroids(true)).norm(dim=-1)[seen]
+    iou = (((alpha > 0.5) & true).sum((-2, -1)) / ((alpha > 0.5) | true).sum((-2, -1)).clamp_min(1))[seen]
+    assert iou.mean() >= 0.9 and (~error.isfinite()).float().mean() <= 0.005 and error.nanmean() <= 0.25
+
+
+def test_pisa_numbers():
+    """A disc moved by (3, 4) px: mean(|dx|, |dy|) is 3.5; an empty frame is skipped by l2 and chamfer, not by iou."""
+    y, x = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
+    disc = lambda cx, cy: ((x - cx) ** 2 + (y - cy) ** 2 <= 25)[None]
+    a, b = disc(20, 20).repeat(4, 1, 1), disc(23, 24).repeat(4, 1, 1)
+    out = judge.pisa(b, a)
+    assert out["l2"] == pytest.approx(3.5 / (math.sqrt(2) * 64), abs=1e-6)
+    points = lambda m: m[0].nonzero().double().numpy()
+    p, t = points(b), points(a)
+    d = np.sqrt(((p[:, None] - t[None]) ** 2).sum(-1))
+    assert out["chamfer"] == pytest.approx((d.min(1).mean() + d.min(0).mean()) / (math.sqrt(2) * 64), abs=1e-6)
+    assert out["iou"] == pytest.approx((a[0] & b[0]).sum().item() / (a[0] | b[0]).sum().item(), abs=1e-6)
+    gone = b.clone()
+    gone[2:] = False
+    assert judge.pisa(gone, a)["l2"] == pytest.approx(out["l2"]) and judge.pisa(gone, a)["iou"] == pytest.approx(out["iou"] / 2)
+    assert judge.pisa(gone & False, a & False)["iou"] == 1 and math.isnan(judge.pisa(gone & False, a)["l2"])
+
+
+def test_judge_tells_right_from_wrong(clips):
+    true = judge.measure(clips["video"], clips)
+    static = judge.measure(clips["video"][:, :, :1].expand_as(clips["video"]), clips)
+    gone = clips["video"].clone()
+    gone[:, :, 3:] = torch.where((clips["mask"] > 0).any(1)[:, None, None], 0.0, gone[:, :, 3:])       # everything painted out
+    vanished = judge.measure(gone, clips)
+    assert true["traj_l2"].max() < 0.01 and true["vanish"].max() == 0 and true["freeze"].max() == 0
+    assert static["traj_l2"].mean() > 0.05 and static["freeze"].nanmean() > 0.9
+    assert vanished["traj_l2"].nanmean() > 0.7 and vanished["vanish"].nanmean() > 0.7     # PISA's l2 would give it a zero
+    assert (true["g_ratio"] - 1).abs().nanmedian() < 0.05
+    half = torch.arange(25) // 2                   # the same clip at half speed: a quarter of gravity
+    slow = judge.measure(clips["video"][:, :, half], clips)
+    assert slow["g_ratio"].nanmedian() < 0.6
+    same = judge.physics_iq(clips["video"], clips["video"])
+    assert same["mse"].max() == 0 and all(same[k].min() == 1 for k in same if k != "mse")
+    assert judge.physics_iq(clips["video"][:, :, :1].expand_as(clips["video"]), clips["video"])["spatial_iou"].max() < 0.2
+
+
+def test_interval_covers():
+    values = torch.randn(400, generator=common.generator("values")) + 3
+    out = judge.interval(torch.cat([values, torch.tensor([math.nan])]))
+    assert out["n"] == 400 and out["low"] < out["mean"] < out["high"] and abs(out["high"] - out["low"] - 4 * values.std() / 20) < 0.05
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# common
+
+def test_seeds_are_functions_of_their_keys():
+    a, b = common.randn((4,), [("x", 1), ("x", 2)]), common.randn((4,), [("x", 2)])
+    assert torch.equal(a[1], b[0]) and not torch.equal(a[0], a[1])
+    assert len({common.seed_of("a", i) for i in range(1000)} | {common.seed_of("b", i) for i in range(1000)}) == 2000
+    u = simdata.Draws("train", 0, torch.arange(20000))("u", 2)
+    assert abs(u.mean() - 0.5) < 0.01 and abs(u.var() - 1 / 12) < 0.005 and abs(torch.corrcoef(u.T)[0, 1]) < 0.03
+
+
+def test_config():
+    parse = lambda *argv: common.parse_config(sft.Config, list(argv), sft.PRESETS)
+    assert parse("--steps=7", "--phys=False").steps == 7 and parse("--phys=false").phys is False
+    assert parse("--preset=taste").steps == sft.PRESETS["taste"]["steps"] and parse("--preset=taste", "--steps=3").steps == 3
+    for bad in ("--nope=1", "--steps=x", "--steps", "--phys=maybe", "--lr=nan", "--preset=no", "stray"):
+        with pytest.raises(InputError):
+            parse(bad)
+    for config in (sft.Config, dpo.Config, sample.Config, judge.Config, V.Config, E.Config):
+        import dataclasses
+        assert {f.name for f in dataclasses.fields(config)} == set(common._help(config)), config    # every flag has a help text
+
+
+def test_weights_refused(tmp_path):
+    module = torch.nn.Linear(3, 2)
+    path = tmp_path / "w.safetensors"
+    common.save_weights(path, module, {"a": 1}, torch.bfloat16)
+    assert common.load_weights(torch.nn.Linear(3, 2), path) == {"a": 1} and os.listdir(tmp_path) == ["w.safetensors"]
+    with pytest.raises(InputError, match="expected"):
+        common.load_weights(torch.nn.Linear(4, 2), path)
+    data = path.read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(data[: len(data) // 2])
+    (tmp_path / "text.safetensors").write_text("hello")
+    for name in ("cut.safetensors", "text.safetensors", "none.safetensors"):
+        with pytest.raises(InputError):
+            common.load_weights(module, tmp_path / name)
+
+
+def test_any_picture(tmp_path):
+    rng = np.random.default_rng(0)
+    rgb = Image.fromarray(rng.integers(0, 255, (40, 80, 3), np.uint8))
+    for mode, name in (("RGB", "a.png"), ("L", "b.png"), ("P", "c.png"), ("RGBA", "d.png"), ("CMYK", "e.jpg"), ("1", "f.png"),
+                       ("LA", "g.png"), ("RGB", "h.webp"), ("RGB", "i.jpg")):
+        rgb.convert(mode).save(tmp_path / name)
+        image, note = common.read_image(str(tmp_path / name), 64)
+        assert image.shape == (3, 64, 64) and image.abs().max() <= 1 and "80x40 to 40x40" in note, name
+    Image.fromarray(rng.integers(0, 65535, (64, 64), np.uint16)).save(tmp_path / "j.png")
+    assert common.read_image(str(tmp_path / "j.png"), 64)[0].std() > 0.1             # 16 bit, not clipped
+    exif = Image.Exif()
+    exif[0x0112] = 6                               # turned by 90 degrees
+    flat = Image.fromarray(np.concatenate([np.zeros((64, 32, 3), np.uint8), np.full((64, 32, 3), 255, np.uint8)], 1))
+    flat.save(tmp_path / "k.png", exif=exif)
+    turned, _ = common.read_image(str(tmp_path / "k.png"), 64)
+    assert (turned[:, 5] < 0).all() != (turned[:, -5] < 0).all() and turned[:, 5].std() < 0.01
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the commands
+
+TINY_SFT = ["--clips=8", "--batch=4", "--eval_clips=2", "--warmup=1", "--log_every=1", f"--data={HERE}/data", "--device=cpu"]
+
+
+def read_all(path):
+    return common.read_weights(path)[0]
+
+
+def test_sft_resumes_to_the_bit_and_two_ranks_equal_one(tmp_path):
+    run("sft.py", *TINY_SFT, "--name=whole", "--steps=4", "--eval_every=4", cwd=tmp_path)
+    run("sft.py", *TINY_SFT, "--name=parts", "--steps=4", "--eval_every=2", cwd=tmp_path)
+    state = read_all(tmp_path / "out/parts/state.safetensors")
+    whole = read_all(tmp_path / "out/whole/state.safetensors")
+    assert state.keys() == whole.keys() and all(torch.equal(v, state[k]) for k, v in whole.items())
+    # SIGTERM: it saves and ends cleanly, and goes on from there to the same bits
+    process = subprocess.Popen([sys.executable, f"{HERE}/sft.py", *TINY_SFT, "--name=cut", "--steps=4", "--eval_every=100"],
+                               cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    log = tmp_path / "out/cut/metrics.jsonl"
+    while process.poll() is None and not (log.exists() and log.read_text().strip()):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0, process.stdout.read()[-2000:]
+    run("sft.py", *TINY_SFT, "--name=cut", "--steps=4", "--eval_every=100", "--resume=True", cwd=tmp_path)
+    cut = read_all(tmp_path / "out/cut/state.safetensors")
+    assert all(torch.equal(v, cut[k]) for k, v in whole.items())
+    steps = [json.loads(line)["step"] for line in open(log) if "loss" in json.loads(line)]
+    assert steps == [0, 1, 2, 3]
+    # two gloo ranks draw what one rank draws and average to the same gradient
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", f"{HERE}/sft.py",
+                           *TINY_SFT, "--name=ranks", "--steps=4", "--eval_every=4"], cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    losses = [[json.loads(line)["loss"] for line in open(tmp_path / f"out/{name}/metrics.jsonl") if '"loss"' in line] for name in ("whole", "ranks")]
+    assert np.allclose(*losses, rtol=2e-3), losses
+    for name in ("dit", "head1"):                  # no wrapper leaks into the names
+        assert read_all(tmp_path / f"out/ranks/{name}.safetensors").keys() == read_all(f"{HERE}/data/{name}.safetensors").keys()
+    run("sft.py", *TINY_SFT, "--name=plain", "--phys=False", "--steps=1", cwd=tmp_path)
+    assert not (tmp_path / "out/plain/head1.safetensors").exists()
+    refused("sft.py", *TINY_SFT, "--name=plain", "--resume=True", cwd=tmp_path, says="another configuration")
+
+
+def test_gradients_of_two_ranks_equal_one(tmp_path):
+    """The same, at full precision: DDP's averaged gradients against the double batch on one rank."""
+    script = tmp_path / "ranks.py"
+    script.write_text(f"""
+import sys; sys.path.insert(0, {HERE!r})
+import torch, common, model as M, sft, encoder as E
+from torch.nn.parallel import DistributedDataParallel
+device, rank, world = common.setup("cpu")
+common.seed_everything(0)
+net = sft.StageOne(M.VideoDiT(M.CONFIGS["nano"] | dict(num_layers=1)), E.PhysEncoder(E.CONFIGS["nano"] | dict(out_dim=256)))
+with torch.no_grad():
+    net.dit.head.head.weight.normal_(std=0.05)
+g = common.generator("batch")
+batch = (torch.randn(4, 16, 7, 8, 8, generator=g), torch.rand(4, 3, 64, 64, generator=g), M.bytes_to_tokens(["a", "b", "c", "d"]),
+         torch.rand(4, generator=g), torch.randn(4, 16, 6, 8, 8, generator=g))
+n = 4 // world
+run = DistributedDataParallel(net) if world > 1 else net
+run(*(x[rank * n:(rank + 1) * n] for x in batch)).mean().backward()
+if rank == 0:
+    common.save_weights(f"grad{{world}}.safetensors", {{k: p.grad for k, p in net.named_parameters() if p.grad is not None}}, {{}})
+""")
+    for world in (1, 2):
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={world}", "--standalone", str(script)],
+                              cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, two = read_all(tmp_path / "grad1.safetensors"), read_all(tmp_path / "grad2.safetensors")
+    assert one.keys() == two.keys() and any("head.proj" in k for k in one)
+    for k in one:
+        assert (one[k] - two[k]).abs().max() <= 1e-5 * max(one[k].abs().max().item(), 1e-3), k
+
+
+def test_dpo_runs_and_resumes(tmp_path):
+    tiny = ["--pairs=4", "--candidates=2", "--margin=0", "--sampler_steps=2", "--batch=2", "--eval_clips=2", "--rank=2",
+            "--eval_every=2", "--log_every=1", "--warmup=1", f"--data={HERE}/data", "--device=cpu"]
+    run("dpo.py", *tiny, "--name=a", "--steps=3", cwd=tmp_path)
+    first = [json.loads(line) for line in open(tmp_path / "out/a/metrics2.jsonl")]
+    entry = next(e for e in first if "loss" in e)
+    assert entry["loss"] == pytest.approx(math.log(2), abs=1e-4)                     # step 0: the policy is the reference
+    assert {"implicit_accuracy", "margin", "winner_vs_reference", "loser_vs_reference"} <= entry.keys()
+    assert first[0]["val_traj_l2"] > 0             # the outcome, not only the loss
+    lora, head = read_all(tmp_path / "out/a/lora2.safetensors"), read_all(tmp_path / "out/a/head3.safetensors")
+    assert any(v.abs().max() > 0 for k, v in lora.items() if k.endswith("lora_B"))
+    assert head.keys() == read_all(f"{HERE}/data/head1.safetensors").keys()
+    line = json.loads(open(tmp_path / "out/pairs/0000.jsonl").readline())
+    assert {"caption", "winner_score", "loser_score", "source"} <= line.keys() and line["winner_score"] >= line["loser_score"]
+    # the same, stopped after each checkpoint
+    os.makedirs(tmp_path / "out/b")
+    process = subprocess.Popen([sys.executable, f"{HERE}/dpo.py", *tiny, "--name=b", "--steps=3"], cwd=tmp_path,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while process.poll() is None and not (tmp_path / "out/b/state2.safetensors").exists():
+        time.sleep(0.005)
+    process.kill()                                 # kill -9: the checkpoint is whole
+    process.wait()
+    run("dpo.py", *tiny, "--name=b", "--steps=3", "--resume=True", cwd=tmp_path)
+    again = read_all(tmp_path / "out/b/head3.safetensors")
+    assert all(torch.equal(v, again[k]) for k, v in head.items())
+    os.truncate(tmp_path / "out/pairs/0000.jsonl", 0)
+    refused("dpo.py", *tiny, "--name=c", cwd=tmp_path, says="0 lines")
+
+
+def test_vae_and_encoder_commands(tmp_path):
+    run("vae.py", "--clips=4", "--val_clips=2", "--steps=2", "--batch=2", "--eval_every=1", "--device=cpu", cwd=tmp_path)
+    config = common.read_weights(tmp_path / "out/vae/vae.safetensors")[1]
+    assert V.load_vae(str(tmp_path / "out/vae/vae.safetensors")).config == config and config["latent_std"] != [1.0] * 16
+    run("encoder.py", "--scenes=8", "--val_scenes=4", "--steps=2", "--batch=4", "--eval_every=1", "--device=cpu", cwd=tmp_path)
+    assert E.load_phys_encoder(str(tmp_path / "out/encoder/backbone.safetensors"), config={"out_dim": 8}).head.proj.out_features == 8
+
+
+def test_simdata_and_eval_commands(tmp_path):
+    run("simdata.py", "--n=2", "--frames=5", cwd=tmp_path)
+    assert (tmp_path / "out/simdata/drop.png").exists() and common.read_video(str(tmp_path / "out/simdata/drop.mp4")).shape[0] == 5
+    done = run("eval.py", f"--data={HERE}/data", "--n=2", "--steps=2", "--best_of=2", "--json=eval.json", "--device=cpu", cwd=tmp_path)
+    assert "| truth re-parsed | seen |" in done.stdout
+    result = json.load(open(tmp_path / "eval.json"))
+    assert {"truth re-parsed", "VAE round trip", "jittered truth", "static", "teleport to the floor", "Stage I"} <= result.keys()
+    assert result["Stage I"]["seen"]["traj_l2"].keys() == {"mean", "low", "high", "n"}
+    assert result["Stage I, oracle best of 2"]["seen"]["traj_l2"]["mean"] <= result["Stage I"]["seen"]["traj_l2"]["mean"]
+
+
+def test_sample_command(tmp_path):
+    for name in ("a.mp4", "b.mp4", "c.gif", "d.webp"):
+        run("sample.py", f"{HERE}/data/drop.png", f"--data={HERE}/data", f"--out={name}", "--steps=4", "--seed=5", cwd=tmp_path)
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()    # same seed, same bytes
+    video = common.read_video(str(tmp_path / "a.mp4"))
+    assert video.shape == (25, 256, 256, 3)
+    assert Image.open(tmp_path / "c.gif").n_frames == 25 and Image.open(tmp_path / "d.webp").n_frames == 25
+    done = run("sample.py", f"{HERE}/data/drop.png", f"--data={HERE}/data", "--n=3", "--steps=2", "--scale=1", cwd=tmp_path)
+    assert "out/drop.mp4" in done.stdout and common.read_video(str(tmp_path / "out/drop.mp4")).shape[2] == 192
+    assert not [f for f in os.listdir(tmp_path) if f.startswith(".tmp")]
+
+
+def test_shipped_model_listens():
+    """Image, prompt and physical tokens each change the video that the shipped weights make; and things do fall in it."""
+    models = sample.load_models(f"{HERE}/data", 1)
+    batch = simdata.make_batch("drop", 4, 77, "val")
+    image, captions = batch["video"][:, :, 0], batch["caption"]
+    keys = [("t", i) for i in range(4)]
+    video = sample.generate(models, image, captions, keys, steps=8)
+    assert torch.equal(video, sample.generate(models, image, captions, keys, steps=8))
+    assert torch.allclose(video[2:], sample.generate(models, image[2:], captions[2:], keys[2:], steps=8), atol=1e-3)   # batch does not matter
+    assert (sample.generate(models, image.flip(0), captions, keys, steps=8) - video).abs().mean() > 0.01
+    assert (sample.generate(models, image, ["a green clay box rests"] * 4, keys, steps=8) - video).abs().max() > 0.02
+    deaf = sample.Models(models.vae, lambda x, grid: torch.zeros(len(x), grid[0] * grid[1], 256), models.dit)
+    assert (sample.generate(deaf, image, captions, keys, steps=8) - video).abs().max() > 0.02
+    metrics, still = judge.measure(video, batch), judge.measure(image[:, :, None].expand_as(video), batch)
+    assert metrics["traj_l2"].mean() < 0.5 * still["traj_l2"].mean()
+
+
+def test_bad_input_is_refused(tmp_path):
+    data = f"--data={HERE}/data"
+    Image.new("RGB", (8, 8)).save(tmp_path / "tiny.png")
+    (tmp_path / "text.png").write_text("not a picture")
+    Image.new("RGB", (64, 64)).save(tmp_path / "ok.png")
+    broken = (tmp_path / "ok.png").read_bytes()
+    (tmp_path / "broken.png").write_bytes(broken[:40])
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "cut.safetensors").write_bytes(open(f"{HERE}/data/dit.safetensors", "rb").read(1000))
+    for argument, says in (("none.png", "does not exist"), ("folder", "folder"), ("text.png", "not a readable"),
+                           ("broken.png", "not a readable"), ("tiny.png", "16 to 8192")):
+        refused("sample.py", argument, data, cwd=tmp_path, says=says)
+    for flag, says in (("--steps=0", "range"), ("--steps=many", "integer"), ("--colour=red", "unknown"), ("--frames=24", "25"),
+                       ("--out=nowhere/a.mp4", "does not exist"), ("--out=a.avi", "mp4"), ("--solver=rk9", "ab2"),
+                       ("--ckpt=cut.safetensors", "truncated"), (f"--ckpt={HERE}/data/vae.safetensors", "DiT"),
+                       ("--data=folder", "does not exist"), ("--device=quantum", "cuda")):
+        refused("sample.py", "ok.png", *([] if flag.startswith("--data") else [data]), flag, cwd=tmp_path, says=says)
+    refused("sample.py", cwd=tmp_path, says="which image")
+    refused("eval.py", "--split=train", cwd=tmp_path, says="val or test")
+    refused("dpo.py", "--stages=4", cwd=tmp_path, says="2,3")
+    refused("sft.py", "--batch=5", "--accumulate=2", cwd=tmp_path, says="multiple")
+    refused("vae.py", "--window=12", cwd=tmp_path, says="4k")
+    refused("simdata.py", "--split=dev", cwd=tmp_path, says="train")
+    assert not (tmp_path / "out/text.mp4").exists() and not [f for f in os.listdir(tmp_path) if f.startswith(".tmp")]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the README
+
+def test_every_command_in_the_readme_parses():
+    """Its two main commands are run as written by .ci/run; here every other one is checked against the real flags."""
+    import bench
+    configs = {"sample.py": sample, "sft.py": sft, "dpo.py": dpo, "eval.py": judge, "vae.py": V, "encoder.py": E, "simdata.py": simdata, "bench.py": bench}
+    text = open(f"{HERE}/README.md").read()
+    commands = [shlex.split(line, comments=True) for line in re.findall(r"^(?:python|torchrun) .*", text, re.M)]
+    assert len(commands) > 8
+    for words in commands:
+        script = next(w for w in words if w.endswith(".py"))
+        if script not in configs:
+            assert os.path.exists(f"{HERE}/{script}"), script
+            continue
+        module = configs[script]
+        common.parse_config(module.Config, words[words.index(script) + 1:], getattr(module, "PRESETS", None),
+                            "image" if script == "sample.py" else None)
+        for word in words:
+            assert not word.startswith("data/") or os.path.exists(f"{HERE}/{word}"), word
+    for name in re.findall(r"!\[.*?\]\((.*?)\)", text):
+        assert os.path.exists(f"{HERE}/{name}"), name
