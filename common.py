@@ -210,6 +210,7 @@ def atomic(path):
     tmp = os.path.join(folder, f".tmp{os.getpid()}.{name}")
     try:
         yield tmp
+        os.chmod(tmp, 0o644)
         os.replace(tmp, path)
     except FileNotFoundError as error:
         raise InputError(f"cannot write {path}: the folder {folder or '.'} does not exist; create it first") from error
@@ -407,7 +408,7 @@ def read_image(path, size):
     note = f"centre-cropped from {w}x{h} to {min(w, h)}x{min(w, h)}" if w != h else ""
     if image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
-    return to_float(np.asarray(image)[None])[:, 0], note                               # (3, size, size)
+    return to_float(np.array(image)[None])[:, 0], note                               # (3, size, size)
 
 
 VIDEO_EXTENSIONS = (".mp4", ".gif", ".webp")

@@ -348,12 +348,13 @@ def load_phys_encoder(backbone_path, head_path=None, config=None):
 
 @dataclass
 class Config:
-    name: str = "encoder"           # the results go to out/<name>/ (torchrun claims --run for itself)
+    name: str = "encoder"           # the run's folder under out/
+    out: str = ""                   # where the backbone's weights go; empty: out/<name>/backbone.safetensors
     model: str = "nano"             # a name in CONFIGS; trained from scratch
     scenes: int = 4000              # training images, one per scene, spread evenly over the scenarios
     val_scenes: int = 256           # validation images, from the split "val"
     size: int = 64                  # pixels of the rendered images; the encoder resizes them
-    steps: int = 1500               # optimizer steps
+    steps: int = 1200               # optimizer steps
     batch: int = 32                 # global batch size, a multiple of the number of ranks
     lr: float = 5e-4                # peak learning rate (AdamW)
     warmup: int = 100               # steps of linear warm-up; a cosine to zero follows
@@ -544,7 +545,8 @@ def main():
             break
     else:
         if rank == 0:
-            common.save_weights(f"{folder}/backbone.safetensors", model.pretrained, CONFIGS[cfg.model], torch.bfloat16)
+            out = cfg.out or f"{folder}/backbone.safetensors"
+            common.save_weights(out, model.pretrained, CONFIGS[cfg.model], torch.bfloat16)
             common.save_weights(f"{folder}/depth_head.safetensors", model.depth_head, CONFIGS[cfg.model])
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -209,9 +209,11 @@ def look(draw, size):
 def captions(scene):
     """One line a clip that names every body: colour, material, shape, and whether it falls."""
     names, lines = list(MATERIALS), []
-    for alive, shape, material, hue, falls in zip(*(scene[k].tolist() for k in ("alive", "shape", "material", "hue", "falls"))):
-        lines.append(", ".join(f"a {HUES[round(h / 30) % 12]} {names[m]} {('ball', 'box')[s]} {'falls' if f else 'rests'}"
-                               for a, s, m, h, f in zip(alive, shape, material, hue, falls) if a))
+    columns = (scene[k].tolist() for k in ("alive", "shape", "material", "hue", "falls"))
+    for alive, shape, material, hue, falls in zip(*columns):
+        words = [(HUES[round(h / 30) % 12], names[m], ("ball", "box")[s], "falls" if f else "rests")
+                 for a, s, m, h, f in zip(alive, shape, material, hue, falls) if a]
+        lines.append(", ".join(f"{'an' if w[0][0] in 'aeiou' else 'a'} {' '.join(w)}" for w in words))
     return lines
 
 
