@@ -36,10 +36,10 @@ class Config:
     name: str = "sft"               # the run's folder under out/
     data: str = "data"              # folder with vae.safetensors and backbone.safetensors
     pool: str = "out/pool"          # folder of cached latents; made if it lacks shards
-    clips: int = 10240              # simulated clips in the pool, each also mirrored
+    clips: int = 8192               # simulated clips in the pool, each also mirrored
     init_from: str = ""             # a dit.safetensors to start from (with its head1 beside it, if any)
     phys: bool = True               # with the PhysEncoder; False trains the plain DiT
-    steps: int = 6500               # optimizer steps
+    steps: int = 4800               # optimizer steps
     batch: int = 32                 # clips a step, over all ranks
     accumulate: int = 1             # micro-batches a step and rank, for less memory
     lr: float = 1e-3                # peak learning rate
