@@ -49,6 +49,7 @@ class Config:
     sampler_steps: int = 12         # of the candidates
     beta: float = 2000.0            # how far the policy may leave the reference
     sft: float = 0.1                # weight of the winner's flow-matching loss; 0 is the paper's loss
+    shift: float = 3.0              # of the training times, as in Stage I
     rank: int = 16                  # of the LoRA
     alpha: int = 32                 # of the LoRA
     steps: int = 150                # optimizer steps per stage
@@ -251,7 +252,7 @@ def train(cfg, stage, models, pairs, folder, device, rank, world):
             group["lr"] = lr
         g = common.generator(cfg.seed, "dpo", stage, step)
         index = torch.randint(len(pairs["winner"]), (cfg.batch,), generator=g)
-        t, eps = M.sample_t(cfg.batch, g), torch.randn(cfg.batch, *pairs["winner"].shape[1:], generator=g)
+        t, eps = M.sample_t(cfg.batch, g, cfg.shift), torch.randn(cfg.batch, *pairs["winner"].shape[1:], generator=g)
         mine = slice(rank * cfg.batch // world, (rank + 1) * cfg.batch // world)
         row = {k: v[index[mine]].to(device) for k, v in pairs.items()}
         image = row["image"].float() / 127.5 - 1

@@ -63,7 +63,7 @@ def load_models(data="data", stage=1, ckpt="", head="", device="cpu"):
 
 
 @torch.no_grad()
-def generate_latent(models, image, text, phys, keys, frames=25, steps=12, shift=1.0, cfg=1.0, solver="ab2", progress=None):
+def generate_latent(models, image, text, phys, keys, frames=25, steps=12, shift=3.0, cfg=1.0, solver="ab2", progress=None):
     """The denoising loop alone: image (B, C, 1, h, w) latent, tokens, physical tokens -> latent frames 1..k."""
     from model import bytes_to_tokens, sample
     B, C, _, h, w = image.shape
@@ -73,7 +73,7 @@ def generate_latent(models, image, text, phys, keys, frames=25, steps=12, shift=
 
 
 @torch.no_grad()
-def generate(models, image, captions, keys, frames=25, steps=12, shift=1.0, cfg=1.0, solver="ab2", progress=None):
+def generate(models, image, captions, keys, frames=25, steps=12, shift=3.0, cfg=1.0, solver="ab2", progress=None):
     """image (B, 3, H, W) in [-1, 1], B captions, B noise keys (ints or tuples) -> video (B, 3, frames, H, W) in [-1, 1].
 
     The noise of a clip depends on its key alone, not on the batch, the rank or the device."""
@@ -99,7 +99,7 @@ class Config:
     frames: int = 25                # 1 + 4k; the nano model was trained on 25 (at 16 fps)
     steps: int = 12                 # sampler steps
     cfg: float = 1.0                # guidance on the text; 1 is off
-    shift: float = 1.0              # > 1 spends more of the steps near noise
+    shift: float = 3.0              # > 1 spends more of the steps near noise
     solver: str = "ab2"             # ab2 (second order) or euler
     stage: int = DEFAULT_STAGE      # 1 SFT, 2 + DPO on the DiT, 3 + DPO on the PhysEncoder
     data: str = "data"              # folder with the weights

@@ -45,6 +45,7 @@ class Config:
     lr: float = 1e-3                # peak learning rate
     warmup: int = 200               # steps
     weight_decay: float = 0.02      # on matrices
+    shift: float = 3.0              # > 1 trains more near pure noise, where it is decided who goes where
     drop_text: float = 0.1          # fraction of captions left empty, so that --cfg means something
     ema: float = 0.999              # decay of the weight average that is evaluated and shipped
     log_every: int = 25             # steps
@@ -94,7 +95,7 @@ def get_batch(cfg, pool, step):
     g = common.generator(cfg.seed, "sft", step)
     index = torch.randint(len(pool["latent"]), (cfg.batch,), generator=g)
     keep = torch.rand(cfg.batch, 1, generator=g) >= cfg.drop_text
-    t = M.sample_t(cfg.batch, g)
+    t = M.sample_t(cfg.batch, g, cfg.shift)
     shape = list(pool["latent"].shape[1:])
     return index, pool["text"][index].long() * keep, t, torch.randn(cfg.batch, shape[0], shape[1] - 1, *shape[2:], generator=g)
 
@@ -116,7 +117,7 @@ class StageOne(nn.Module):
 def main():
     cfg = common.parse_config(Config, sys.argv[1:], PRESETS)
     common.check_range(cfg, clips=(1, 10**8), steps=(1, 10**8), batch=(1, 10**6), accumulate=(1, 10**4), lr=(0, 1),
-                       drop_text=(0, 1), ema=(0, 1), log_every=(1, 10**8), eval_every=(1, 10**8), eval_clips=(1, 10**4))
+                       drop_text=(0, 1), shift=(0.01, 100), ema=(0, 1), log_every=(1, 10**8), eval_every=(1, 10**8), eval_clips=(1, 10**4))
     device, rank, world = common.setup(cfg.device)
     if cfg.batch % (world * cfg.accumulate):
         raise common.InputError(f"--batch={cfg.batch} must be a multiple of ranks x accumulate = {world * cfg.accumulate}")
@@ -169,7 +170,7 @@ def main():
         return (total[0] / total[1]).item()
 
     # training
-    stop, began, bins = common.Stop(), time.time(), torch.zeros(2, 4)
+    stop, began, bins, done = common.Stop(), time.time(), torch.zeros(2, 4), first
     bar = tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, disable=rank > 0)
     micro = cfg.batch // world // cfg.accumulate
     for step in bar:

@@ -1,11 +1,11 @@
 """
 Video to latent and back: one causal 3D VAE that builds Wan 2.1's, Wan 2.2's and our nano model from a flat config.
 
-Train the nano VAE on simulated clips (hours on two CPU cores), look at out/vae/; stop on a budget and finish; GPUs:
+Train the nano VAE on simulated clips (half an hour on two CPU cores), look at out/vae/, go on, improve the decoder alone:
     python vae.py
-    python vae.py --max_minutes=60
-    python vae.py --resume=True --steps=4000
-    torchrun --nproc_per_node=8 -- vae.py --batch=64 --clips=20000
+    python vae.py --resume=True
+    python vae.py --name=decoder --init_from=data/vae.safetensors --decoder_only=True --body_weight=12
+    torchrun --nproc_per_node=8 vae.py --batch=64 --clips=20000
 Use it, or published weights (official or diffusers layout):
     model = load_vae("data/vae.safetensors")
     model = load_vae("Wan2.1_VAE.pth", CONFIGS["wan2.1"])
@@ -362,6 +362,8 @@ class Config:
     bf16: bool = True               # bfloat16: training steps 1.5x faster on CPUs with avx512_bf16, slow on older ones
     eval_every: int = 500           # steps between validations (and checkpoints)
     seed: int = 0                   # of everything
+    init_from: str = ""             # start from this vae.safetensors
+    decoder_only: bool = False      # with --init_from: the encoder stays, so every latent and every DiT stays valid
     resume: bool = False            # go on from out/<name>/state.safetensors
     device: str = "auto"            # auto, cuda, mps or cpu
 
@@ -452,6 +454,8 @@ def main():
     common.check_range(cfg, clips=(1, 10**6), val_clips=(1, 10**5), steps=(1, 10**8), batch=(1, 10**5), lr=(0, 1),
                        window=(5, FRAMES), eval_every=(1, 10**8), warmup=(0, 10**8))
     device, rank, world = common.setup(cfg.device)
+    if cfg.decoder_only and not cfg.init_from:
+        raise common.InputError("--decoder_only=True keeps the encoder of --init_from=FILE; give that file")
     if cfg.batch % world or cfg.window % 4 != 1:
         raise common.InputError(f"--batch={cfg.batch} must be a multiple of the {world} ranks, "
                                 f"--window={cfg.window} must be 1 + 4k")
@@ -460,9 +464,15 @@ def main():
     data = load_clips(cfg, rank, folder)
 
     common.seed_everything(cfg.seed)
-    raw = VideoVAE(CONFIGS["nano"]).to(device)
+    raw = VideoVAE(CONFIGS["nano"])
+    if cfg.init_from:
+        raw.config |= common.load_weights(raw, cfg.init_from)                          # its latent statistics, too
+    if cfg.decoder_only:
+        raw.encoder.requires_grad_(False), raw.conv1.requires_grad_(False)
+    raw.to(device)
     model = DistributedDataParallel(raw) if world > 1 else raw
-    optimizer = torch.optim.AdamW(raw.parameters(), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.01)
+    trained = [p for p in raw.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.01)
     start = common.load_state(state, {"model": raw}, optimizer) if cfg.resume else 0
     if rank == 0:
         common.trim_log(log, start)
@@ -486,7 +496,7 @@ def main():
         loss = mse + cfg.l1 * l1 + cfg.kl * kl
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(raw.parameters(), 1.0)
+        norm = nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         seen = step + 1
 
@@ -516,7 +526,8 @@ def main():
         if rank == 0:
             print(f"stopped after {seen} steps; go on with --resume=True")
     else:
-        raw.config["latent_mean"], raw.config["latent_std"] = latent_stats(raw, data, device, rank, world)
+        if not cfg.decoder_only:
+            raw.config["latent_mean"], raw.config["latent_std"] = latent_stats(raw, data, device, rank, world)
         if rank == 0:
             common.save_weights(out, raw, raw.config, torch.bfloat16)
             print(f"wrote {out} after {seen} steps")
