@@ -5,7 +5,7 @@ the same thing.
     python bench.py                       # everything that runs here
     python bench.py --only=dit --repeat=9
 
-The peers are diffusers' classes with the same random weights; where diffusers is not installed only our times are shown.
+The peers are diffusers' classes with the same random weights; without diffusers only our times are shown.
 """
 import contextlib
 import statistics
@@ -49,7 +49,8 @@ def versus(name, ours, peer, cfg, device, tolerance=1e-4):
     b, y = median(peer, cfg.repeat, device)
     difference = (x - y).abs().max().item()
     assert difference <= tolerance, f"{name}: results differ by {difference}"
-    print(f"{name}: ours {a * 1e3:.1f} ms, peer {b * 1e3:.1f} ms, {b / a:.2f}x as fast, max difference {difference:.1e}")
+    print(f"{name}: ours {a * 1e3:.1f} ms, peer {b * 1e3:.1f} ms, {b / a:.2f}x as fast, "
+          f"max difference {difference:.1e}")
 
 
 def world(cfg, device):
@@ -68,9 +69,9 @@ def vae(cfg, device):
     with contextlib.suppress(ImportError), torch.no_grad():
         from diffusers import AutoencoderKLWan
         peer = AutoencoderKLWan(base_dim=16, decoder_base_dim=16, z_dim=48, dim_mult=config["mult"], num_res_blocks=2,
-                                temperal_downsample=config["temporal"], is_residual=True, in_channels=12, out_channels=12,
-                                patch_size=2, scale_factor_spatial=16, latents_mean=config["latent_mean"],
-                                latents_std=config["latent_std"]).to(device).eval()
+                                temperal_downsample=config["temporal"], is_residual=True, in_channels=12,
+                                out_channels=12, patch_size=2, scale_factor_spatial=16,
+                                latents_mean=config["latent_mean"], latents_std=config["latent_std"]).to(device).eval()
         state = {k: v for k, v in peer.state_dict().items()}
         common.save_weights("out/bench_vae.safetensors", state, {})
         common.load_weights(ours, "out/bench_vae.safetensors")
@@ -112,8 +113,8 @@ def dit(cfg, device):
     nano = M.VideoDiT(M.CONFIGS["nano"]).to(device)
     B = cfg.batch
     inputs = [torch.randn(B, 16, 6, 8, 8, device=device), M.bytes_to_tokens(["a red rubber ball falls"] * B).to(device),
-              torch.randn(B, 16, 1, 8, 8, device=device), torch.randn(B, 16, 256, device=device), torch.rand(B, device=device),
-              torch.randn(B, 16, 6, 8, 8, device=device)]
+              torch.randn(B, 16, 1, 8, 8, device=device), torch.randn(B, 16, 256, device=device),
+              torch.rand(B, device=device), torch.randn(B, 16, 6, 8, 8, device=device)]
     for phys in (True, False):
         args = inputs if phys else [*inputs[:3], None, *inputs[4:]]
 
@@ -130,7 +131,8 @@ def sampling(cfg, device):
     image = torch.rand(1, 3, 64, 64, device=device) * 2 - 1
     with_encoder, _ = median(lambda: sample.generate(models, image, ["a ball"], [0]), cfg.repeat, device)
     without, _ = median(lambda: sample.generate(plain, image, ["a ball"], [0]), cfg.repeat, device)
-    print(f"sampling one clip, 12 steps: {with_encoder:.2f} s; the encoder and its tokens cost {100 * (with_encoder / without - 1):.0f} %")
+    print(f"sampling one clip, 12 steps: {with_encoder:.2f} s; "
+          f"the encoder and its tokens cost {100 * (with_encoder / without - 1):.0f} %")
 
 
 def main():

@@ -190,7 +190,7 @@ def generator(*keys):
 
 
 def randn(shape, keys):
-    """One independent CPU noise tensor per key: (len(keys), *shape). So noise does not depend on batch, rank or device."""
+    """One independent CPU noise tensor per key, (len(keys), *shape): it does not depend on batch, rank or device."""
     return torch.stack([torch.randn(shape, generator=generator(*(k if isinstance(k, tuple) else (k,)))) for k in keys])
 
 
@@ -204,7 +204,7 @@ def seed_everything(seed):
 
 @contextlib.contextmanager
 def atomic(path):
-    """with atomic("a/b.mp4") as tmp: write to tmp (same folder, same extension); renamed on success, removed on error."""
+    """with atomic("a/b.mp4") as tmp: write to tmp (same folder and extension); renamed on success, removed on error."""
     path = os.fspath(path)
     folder, name = os.path.split(path)
     tmp = os.path.join(folder, f".tmp{os.getpid()}.{name}")
@@ -227,7 +227,8 @@ def check_writable(path):
     if not os.path.isdir(folder):
         raise InputError(f"cannot write {path}: the folder {folder} does not exist; create it first")
     if os.path.isdir(path) or not os.access(folder, os.W_OK):
-        raise InputError(f"cannot write {path}: it is {'a folder' if os.path.isdir(path) else 'in a folder without write permission'}")
+        raise InputError(f"cannot write {path}: it is "
+                         f"{'a folder' if os.path.isdir(path) else 'in a folder without write permission'}")
 
 
 def make_dir(path):
@@ -280,13 +281,14 @@ def trim_log(path, step):
 def save_weights(path, tensors, config, dtype=None):
     """A state dict (or module) and its config dict -> one safetensors file. dtype: e.g. torch.bfloat16 on disk."""
     tensors = tensors.state_dict() if isinstance(tensors, torch.nn.Module) else tensors
-    tensors = {k: v.detach().to("cpu", dtype if v.is_floating_point() else None).contiguous() for k, v in tensors.items()}
+    tensors = {k: v.detach().to("cpu", dtype if v.is_floating_point() else None).contiguous()
+               for k, v in tensors.items()}
     with atomic(path) as tmp:
         save_file(tensors, tmp, metadata={"config": json.dumps(config)})
 
 
 def read_weights(path):
-    """One safetensors (or official .pth) file, or a folder of safetensors shards -> (state dict on the CPU, config dict)."""
+    """One safetensors (or official .pth) file, or a folder of safetensors shards -> (CPU state dict, config dict)."""
     path = os.fspath(path)
     if os.path.isdir(path):
         files = sorted(os.path.join(path, f) for f in os.listdir(path) if f.endswith(".safetensors"))
@@ -307,10 +309,11 @@ def read_weights(path):
 
 
 def load_weights(module, path, rename=None):
-    """Load a file or a folder, official or diffusers/transformers layout, into the module, in place; -> the file's config.
+    """Load a file or folder, official or diffusers/transformers layout, into the module in place; -> the file's config.
 
     The other layout goes through the module's own table `module.RENAMES`: (regex, replacement) pairs, all applied in
-    order to each key, or through `module.convert(tensors) -> tensors` where names are not enough. Raises InputError naming the first missing, extra or misshapen keys."""
+    order to each key, or through `module.convert(tensors) -> tensors` where names are not enough. Raises InputError
+    naming the first missing, extra or misshapen keys."""
     tensors, config = read_weights(path)
     own = module.state_dict()
     if not own.keys() & tensors.keys() or own.keys() - tensors.keys():
@@ -333,7 +336,7 @@ def load_weights(module, path, rename=None):
 
 
 def save_state(path, step, modules, optimizer):
-    """Everything that a run needs to go on bit-exactly: {name: module or dict of tensors}, optimizer, step. No pickle."""
+    """Everything a run needs to go on bit-exactly: {name: module or dict of tensors}, optimizer, step. No pickle."""
     tensors = {f"{name}/{k}": v for name, m in modules.items()
                for k, v in (m.state_dict() if isinstance(m, torch.nn.Module) else m).items()}
     for i, state in optimizer.state_dict()["state"].items():
@@ -440,7 +443,7 @@ def read_video(path):
 
 
 def sheet(videos, every=1):
-    """A contact sheet: list of uint8 (T, H, W, 3) -> uint8 (rows, width, 3); one clip a row, every n-th frame a column."""
+    """Contact sheet: list of uint8 (T, H, W, 3) -> uint8 (rows, width, 3); a clip a row, every n-th frame a column."""
     rows = [np.concatenate(list(v[::every]), axis=1) for v in videos]
     return np.concatenate(rows, axis=0)
 

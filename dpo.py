@@ -1,15 +1,15 @@
 """
-Stages II and III: direct preference optimisation of the DiT (LoRA) and then of the PhysEncoder's physical head, on pairs
-that the simulator judges, so that no human labels are needed.
+Stages II and III: direct preference optimisation of the DiT (LoRA) and then of the PhysEncoder's physical head, on
+pairs that the simulator judges, so that no human labels are needed.
 
-    python dpo.py                                     # pairs, Stage II, Stage III from data/: about 20 minutes on two cores
-    python dpo.py --stages=2 --beta=500 --sft=0       # the paper's loss alone
+    python dpo.py                                 # pairs, Stage II, Stage III from data/: about 20 minutes on two cores
+    python dpo.py --stages=2 --beta=500 --sft=0   # the paper's loss alone
     torchrun --nproc_per_node=8 dpo.py --pairs=8192 --steps=1000 --batch=256
 
-Pairs: for each scene the Stage-I model draws K clips from K noise seeds; the parser finds the bodies, the simulator says
-where they should be, best against worst becomes a pair. They lie in out/pairs/: shards of safetensors (first, winner,
-loser: VAE latents; image: uint8; text: bytes) beside a .jsonl with caption, scores, scene and source, one line a pair.
-Any pairs in that format can be added: the truth as winner, other models, people's choices.
+Pairs: for each scene the Stage-I model draws K clips from K noise seeds; the parser finds the bodies, the simulator
+says where they should be, best against worst becomes a pair. They lie in out/pairs/: shards of safetensors (first,
+winner, loser: VAE latents; image: uint8; text: bytes) beside a .jsonl with caption, scores, scene and source, one line
+a pair. Any pairs in that format can be added: the truth as winner, other models, people's choices.
 
 Flow-DPO (PhysMaster Eq. 3), v = eps - x0, the same t and eps for winner and loser, constant beta:
     L = -log sigmoid(-beta / 2 * [(e_w - e_w_ref) - (e_l - e_l_ref)]),    e = mean (v - v_theta)^2
@@ -73,8 +73,8 @@ SHARD = 32                                         # scenes per shard of pairs
 # the loss
 
 def dpo_loss(err_w, err_l, ref_w, ref_l, beta):
-    """Flow-DPO (PhysMaster Eq. 3; Diffusion-DPO, arXiv 2311.12908, for a flow): all arguments (B,) mean squared errors of
-    the velocity -> (B,). At step 0 the policy is the reference and every entry is ln 2."""
+    """Flow-DPO (PhysMaster Eq. 3; Diffusion-DPO, arXiv 2311.12908, for a flow): all arguments (B,) mean squared errors
+    of the velocity -> (B,). At step 0 the policy is the reference and every entry is ln 2."""
     margin = (err_w - ref_w) - (err_l - ref_l)
     return -F.logsigmoid(-beta / 2 * margin)
 
@@ -86,7 +86,7 @@ class Policy(nn.Module):
         self.dit, self.head = dit, head
 
     def forward(self, features, patch_grid, first, winner, loser, text, t, eps):
-        """features: the frozen backbone's; first (B, C, 1, h, w), winner, loser (B, C, k, h, w) -> errors (B,), (B,)."""
+        """features: the frozen backbone's; first (B, C, 1, h, w), winner, loser (B, C, k, h, w) -> two errors (B,)."""
         twice = lambda x: torch.cat([x, x])        # one forward for both, so that rounding is theirs alike
         phys = None if self.head is None else twice(self.head(features, patch_grid, [n // 2 for n in first.shape[3:]]))
         error = M.flow_loss(self.dit, torch.cat([winner, loser]), twice(text), twice(first), phys, twice(t), twice(eps))
@@ -102,7 +102,7 @@ def chaos_weights(scene, path, frames, fps, sims=4, parser_noise=0.25):
 
     Half a pixel and five degrees cannot be seen in the first frame. Where they decide what happens, so late after a
     tumbling box's first contact, no clip is right or wrong, and a preference there would label chaos."""
-    center, _ = simdata.project(path["position"], scene["camera"])                                          # (B, T, N, 2)
+    center, _ = simdata.project(path["position"], scene["camera"])                                  # (B, T, N, 2)
     spread = 0
     for i in range(sims):
         draw = simdata.Draws("train", 10**6 + i, torch.arange(len(center)))
@@ -112,14 +112,14 @@ def chaos_weights(scene, path, frames, fps, sims=4, parser_noise=0.25):
 
 
 def score(video, batch, weights):
-    """Minus the weighted mean distance in pixels between found and true centroids of what falls -> (B,), higher is better."""
+    """Minus the weighted mean distance in px from found to true centroids of what falls -> (B,), higher is better."""
     B, _, T, H, W = video.shape
     N = batch["alive"].shape[1]
     alpha = judge.parse(video, batch["video"][:, :, 0], batch["mask"][:, 0], N)
     true = torch.stack([batch["mask"] == k + 1 for k in range(N)], 2)
-    found, want = judge.centroids(alpha), judge.centroids(true)                                             # (B, T, N, 2)
+    found, want = judge.centroids(alpha), judge.centroids(true)                                     # (B, T, N, 2)
     error = (found - want).norm(dim=-1)
-    error = torch.where(error.isfinite(), error, math.hypot(H, W))                   # a vanished body is as wrong as can be
+    error = torch.where(error.isfinite(), error, math.hypot(H, W))                   # vanished: as wrong as can be
     area = true.sum((-2, -1))
     w = weights * (area >= 0.5 * area.amax(1, keepdim=True).clamp_min(8)) * batch["falls"][:, None]
     w = torch.where(want.isfinite().all(-1), w, 0.0)
@@ -149,16 +149,18 @@ def make_pairs(cfg, models, device, rank, world):
             phys = models.encoder(image.to(device), [n // 2 for n in first.shape[3:]]) if models.encoder else None
             for k in range(cfg.candidates):
                 x0 = sample.generate_latent(models, first, text.to(device), phys,
-                                            [("pairs", seed, start + i, k) for i in range(count)], steps=cfg.sampler_steps)
+                                            [("pairs", seed, start + i, k) for i in range(count)],
+                                            steps=cfg.sampler_steps)
                 video = models.vae.decode(torch.cat([first, x0], 2)).cpu()
                 latents.append(x0.cpu()), scores.append(score(video, batch, weights))
-        latents, scores = torch.stack(latents), torch.stack(scores)                                         # (K, B, ...), (K, B)
+        latents, scores = torch.stack(latents), torch.stack(scores)                  # (K, B, ...), (K, B)
         best, worst, every = scores.argmax(0), scores.argmin(0), torch.arange(count)
         clear = (scores[best, every] - scores[worst, every]) >= cfg.margin
         keep = every[clear]
         with common.atomic(f"{cfg.pool}/{s:04d}.jsonl") as tmp, open(tmp, "w") as f:
             for i in keep.tolist():
-                f.write(json.dumps({"scenario": scenario, "seed": seed, "index": start + i, "caption": batch["caption"][i],
+                f.write(json.dumps({"scenario": scenario, "seed": seed, "index": start + i,
+                                    "caption": batch["caption"][i],
                                     "winner_score": round(scores[best[i], i].item(), 4),
                                     "loser_score": round(scores[worst[i], i].item(), 4), "source": "simulator"}) + "\n")
         # the tensors last: their file says that the shard is complete
@@ -177,19 +179,21 @@ def load_pairs(cfg, models, rank):
     for name in names:
         tensors, made = common.read_weights(f"{cfg.pool}/{name}.safetensors")
         if made.get("vae", vae) != vae:
-            raise common.InputError(f"{cfg.pool}/{name}.safetensors was made with another VAE; delete {cfg.pool} or choose "
-                                    "another --pool")
+            raise common.InputError(f"{cfg.pool}/{name}.safetensors was made with another VAE; delete {cfg.pool} "
+                                    "or choose another --pool")
         with open(f"{cfg.pool}/{name}.jsonl") as f:
             notes = [json.loads(line) for line in f]
         if len(notes) != len(tensors["winner"]):
-            raise common.InputError(f"{cfg.pool}/{name}: {len(notes)} lines in .jsonl, {len(tensors['winner'])} pairs in .safetensors")
+            raise common.InputError(f"{cfg.pool}/{name}: {len(notes)} lines in .jsonl, "
+                                    f"{len(tensors['winner'])} pairs in .safetensors")
         parts.append(tensors), lines.extend(notes)
     if not lines:
-        raise common.InputError(f"{cfg.pool} holds no pairs: every margin was under --margin={cfg.margin}; lower it, or "
-                                "raise --candidates")
+        raise common.InputError(f"{cfg.pool} holds no pairs: every margin was under --margin={cfg.margin}; lower it, "
+                                "or raise --candidates")
     if rank == 0:
         w, l = (torch.tensor([line[k] for line in lines]) for k in ("winner_score", "loser_score"))
-        print(f"{len(lines)} pairs; distance to the truth in px, chaos-weighted: winners {-w.mean():.2f}, losers {-l.mean():.2f}")
+        print(f"{len(lines)} pairs; distance to the truth in px, chaos-weighted: "
+              f"winners {-w.mean():.2f}, losers {-l.mean():.2f}")
     return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
 
 
@@ -197,7 +201,7 @@ def load_pairs(cfg, models, rank):
 # one stage: the same loop, only what is trained differs
 
 def train(cfg, stage, models, pairs, folder, device, rank, world):
-    """Stage 2 trains the DiT's LoRA, stage 3 the physical head; everything else is frozen. -> True if it was stopped."""
+    """Stage 2 trains the DiT's LoRA, stage 3 the physical head; everything else is frozen. -> True if stopped."""
     dit, encoder = models.dit, models.encoder
     head = encoder.head if encoder is not None else None
     for module in (dit, head):
@@ -210,7 +214,7 @@ def train(cfg, stage, models, pairs, folder, device, rank, world):
         head.scratch.refinenet4.resConfUnit1.requires_grad_(False)                   # in every DPT, used by none
     raw = Policy(dit, head).to(device).train()
     trained = {k: p for k, p in raw.named_parameters() if p.requires_grad}
-    reference = {k: p.detach().clone() for k, p in trained.items()}                  # no second model: just these tensors
+    reference = {k: p.detach().clone() for k, p in trained.items()}                  # no second model, just tensors
     model = DistributedDataParallel(raw) if world > 1 else raw
     peak = cfg.lr if stage == 2 else cfg.lr_head
     optimizer = torch.optim.AdamW(trained.values(), lr=peak, betas=(0.9, 0.98), weight_decay=0.0)
@@ -219,7 +223,8 @@ def train(cfg, stage, models, pairs, folder, device, rank, world):
     start = common.load_state(state, parts, optimizer) if cfg.resume and os.path.exists(state) else 0
     if rank == 0:
         common.trim_log(log, start)
-        print(f"Stage {'I' * stage}: {sum(p.numel() for p in trained.values()):,} trained parameters, from step {start}")
+        print(f"Stage {'I' * stage}: {sum(p.numel() for p in trained.values()):,} trained parameters, "
+              f"from step {start}")
 
     def outcome():
         """traj_l2 on val scenes, the same scenes and noise each time. This, not the loss, is what the stage is for."""
@@ -260,7 +265,7 @@ def train(cfg, stage, models, pairs, folder, device, rank, world):
             features = encoder.features(image) if encoder is not None else (None, None)
             inputs = (*features, row["first"].float(), row["winner"].float(), row["loser"].float(), row["text"].long(),
                       t[mine].to(device), eps[mine].to(device))
-            err_w, err_l = model(*inputs)                                                                   # (B,), (B,)
+            err_w, err_l = model(*inputs)                                                           # (B,), (B,)
             with torch.no_grad():                  # the same module, the same precision, the tensors of step 0
                 ref_w, ref_l = torch.func.functional_call(raw, reference, inputs)
         preference = dpo_loss(err_w, err_l, ref_w, ref_l, cfg.beta)
@@ -275,12 +280,15 @@ def train(cfg, stage, models, pairs, folder, device, rank, world):
             margin = -cfg.beta / 2 * ((err_w - ref_w) - (err_l - ref_l))
             values = torch.stack([preference.mean(), (margin > 0).float().mean(), margin.mean(), (err_w - ref_w).mean(),
                                   (err_l - ref_l).mean(), ref_w.mean(), ref_l.mean()]).detach()
-            names = ("loss", "implicit_accuracy", "margin", "winner_vs_reference", "loser_vs_reference", "ref_w", "ref_l")
+            names = ("loss", "implicit_accuracy", "margin", "winner_vs_reference", "loser_vs_reference",
+                     "ref_w", "ref_l")
             entry = {"step": step} | dict(zip(names, common.average(values, device).tolist()))
             if rank == 0:
-                common.log_line(log, entry | {"grad_norm": norm.item(), "lr": lr, "seconds": round(time.time() - began, 1)})
+                common.log_line(log, entry | {"grad_norm": norm.item(), "lr": lr,
+                                              "seconds": round(time.time() - began, 1)})
                 bar.set_postfix(loss=f"{entry['loss']:.3f}", accuracy=f"{entry['implicit_accuracy']:.2f}",
-                                winner=f"{entry['winner_vs_reference']:+.1e}", loser=f"{entry['loser_vs_reference']:+.1e}")
+                                winner=f"{entry['winner_vs_reference']:+.1e}",
+                                loser=f"{entry['loser_vs_reference']:+.1e}")
         ending = stop.agreed(device)
         if (done % cfg.eval_every == 0 or done == cfg.steps or ending) and rank == 0:
             common.save_state(state, done, parts, optimizer)
@@ -290,7 +298,8 @@ def train(cfg, stage, models, pairs, folder, device, rank, world):
             report(done)
     if rank == 0:
         if stage == 2:
-            common.save_weights(f"{folder}/lora2.safetensors", M.lora_state(dit), {"rank": cfg.rank, "alpha": cfg.alpha}, torch.bfloat16)
+            common.save_weights(f"{folder}/lora2.safetensors", M.lora_state(dit),
+                                {"rank": cfg.rank, "alpha": cfg.alpha}, torch.bfloat16)
         else:
             common.save_weights(f"{folder}/head3.safetensors", head, encoder.config, torch.bfloat16)
         print(f"wrote {folder}/{'lora2' if stage == 2 else 'head3'}.safetensors")
@@ -309,7 +318,8 @@ def main():
         raise common.InputError(f"--batch={cfg.batch} must be a multiple of the {world} ranks")
     models = sample.load_models(cfg.data, 1, device=device)                          # Stage I makes the pairs
     if "3" in cfg.stages and models.encoder is None:
-        raise common.InputError("Stage III trains the physical head, but this DiT was trained without one; use --stages=2")
+        raise common.InputError("Stage III trains the physical head, but this DiT was trained without one; "
+                                "use --stages=2")
     folder = common.start_run(cfg, rank, f"out/{cfg.name}")
     make_pairs(cfg, models, device, rank, world)
     pairs = load_pairs(cfg, models, rank)

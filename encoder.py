@@ -143,7 +143,7 @@ class DINOv2(nn.Module):
         B, C, H, W = image.shape
         if C != 3 or H % self.patch or W % self.patch:
             raise InputError(f"image is {C}x{H}x{W}; expected 3 channels and sides that are multiples of {self.patch}")
-        mean, std = image.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]      # ImageNet's
+        mean, std = image.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]  # ImageNet's
         x = self.patch_embed(((image + 1) / 2 - mean) / std).flatten(2).mT             # (B, L, D)
         x = torch.cat([self.cls_token.expand(B, -1, -1), x], dim=1) + self.positions(H // self.patch, W // self.patch)
         first = 1
@@ -494,7 +494,8 @@ def main():
         pred = predict(model, val["image"], input_size, device)                        # the raw module, on every rank
         if rank == 0:
             score = abs_rel(pred, val["depth"], val["mask"]).nanmean(0)
-            common.log_line(log, {"step": step, "val_loss": ssi_loss(pred, val["depth"], weigh(val["mask"])).mean().item(),
+            common.log_line(log, {"step": step,
+                                  "val_loss": ssi_loss(pred, val["depth"], weigh(val["mask"])).mean().item(),
                                   "abs_rel": score[0].item(), "abs_rel_bodies": score[1].item(),
                                   "abs_rel_blind": baseline[0].item(), "abs_rel_blind_bodies": baseline[1].item()})
             print(f"step {step}: AbsRel {score[0]:.4f} (blind {baseline[0]:.4f}), "

@@ -8,7 +8,7 @@ number means (truth re-parsed, VAE round trip, jittered truth, static, teleport)
 
 The parser knows the first frame and its masks, never the truth's future; its own error is the row "truth re-parsed".
 Metrics that PISA (2503.09595), phyworld (2411.02385) or Physics-IQ (2501.09038) define keep their definition; the
-others are defined where they are computed. Times are frames, lengths pixels, `traj_l2` and PISA's are over the diagonal.
+others are defined where they are computed. Times are frames, lengths pixels, `traj_l2` and PISA's over the diagonal.
 """
 import json
 import math
@@ -30,36 +30,37 @@ import simdata
 def parse(video, image, mask, count):
     """Find the bodies of the first frame in every frame of a video.
 
-    video (B, 3, T, H, W) in [-1, 1]; image (B, 3, H, W), the given first frame; mask (B, H, W) uint8, its bodies 1..count.
+    video (B, 3, T, H, W) in [-1, 1]; image (B, 3, H, W), the first frame; mask (B, H, W) uint8, its bodies 1..count.
     -> alpha (B, T, N, H, W) in [0, 1]: how much of each pixel is body k; zero where there is none."""
     B, _, T, H, W = video.shape
-    rgb, first = (video.float().transpose(1, 2) + 1) / 2, (image.float() + 1) / 2                           # (B, T, 3, H, W)
-    own = torch.stack([mask == k + 1 for k in range(count)], 1).float()                                     # (B, N, H, W)
+    rgb, first = (video.float().transpose(1, 2) + 1) / 2, (image.float() + 1) / 2                   # (B, T, 3, H, W)
+    own = torch.stack([mask == k + 1 for k in range(count)], 1).float()                             # (B, N, H, W)
     chroma = lambda c: c - c.mean(-3, keepdim=True)
     # one hue direction and one saturation a body, from its pixels in frame 0, weighted to the clean inner ones
     inner = -F.max_pool2d(-own, 3, 1, 1)
     inner = torch.where(inner.sum((2, 3), keepdim=True) >= 4, inner, own)
     mean = torch.einsum("bnhw,bchw->bnc", inner, chroma(first)) / inner.sum((2, 3))[..., None].clamp_min(1)
-    value = (inner * first.amax(1, keepdim=True)).sum((2, 3)) / inner.sum((2, 3)).clamp_min(1)              # (B, N)
+    value = (inner * first.amax(1, keepdim=True)).sum((2, 3)) / inner.sum((2, 3)).clamp_min(1)      # (B, N)
     hue = F.normalize(mean, dim=-1)
     saturation = mean.norm(dim=-1) / value.clamp_min(1e-3)
 
     c = chroma(rgb)
-    along = torch.einsum("bnc,btchw->btnhw", hue, c)                                                        # (B, T, N, H, W)
+    along = torch.einsum("bnc,btchw->btnhw", hue, c)                                                # (B, T, N, H, W)
     length = c.norm(dim=2)[:, :, None]
     ratio = along / rgb.amax(2, keepdim=True).clamp_min(0.02) / saturation[:, None, :, None, None].clamp_min(1e-3)
     best = along == along.amax(2, keepdim=True)
     exists = (own.sum((2, 3)) > 0)[:, None, :, None, None]
-    solid = best & exists & (ratio > 0.65) & (along > 0.93 * length) & (length > 0.04)                      # surely body k
-    empty = ~solid.any(2, keepdim=True) & (ratio.amax(2, keepdim=True) < 0.3)                               # surely none
+    solid = best & exists & (ratio > 0.65) & (along > 0.93 * length) & (length > 0.04)              # surely body k
+    empty = ~solid.any(2, keepdim=True) & (ratio.amax(2, keepdim=True) < 0.3)                       # surely none
 
     # between the two lies the edge: how far is the pixel from the background's colour around it to the body's?
     def around(weight):                            # (B, T, M, H, W) -> mean colour of those pixels near by, and if any
         w = weight.float().flatten(0, 1)
         box = lambda x: F.avg_pool2d(x, 3, 1, 1)
         total = box(w)
-        color = torch.stack([box(w * rgb.flatten(0, 1)[:, i:i + 1]) for i in range(3)], 2) / total[:, :, None].clamp_min(1e-6)
-        return color.unflatten(0, (B, T)), (total > 0).unflatten(0, (B, T))                                 # (B, T, M, 3, H, W)
+        color = (torch.stack([box(w * rgb.flatten(0, 1)[:, i:i + 1]) for i in range(3)], 2)
+                 / total[:, :, None].clamp_min(1e-6))
+        return color.unflatten(0, (B, T)), (total > 0).unflatten(0, (B, T))                         # (B, T, M, 3, H, W)
 
     body, near = around(solid)
     ground, clear = around(empty)
@@ -104,7 +105,7 @@ def pisa(pred, true):
 def _motion(video):
     """Physics-IQ's motion masks of videos (B, 3, T, H, W) in [-1, 1] -> bool (B, T, H, W); the first is empty."""
     grey = (video.float() + 1) * 127.5
-    grey = (grey * torch.tensor([0.299, 0.587, 0.114], device=video.device).view(1, 3, 1, 1, 1)).sum(1)    # (B, T, H, W)
+    grey = (grey * torch.tensor([0.299, 0.587, 0.114], device=video.device).view(1, 3, 1, 1, 1)).sum(1)  # (B, T, H, W)
     g = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0], device=video.device) / 16            # OpenCV's 5-tap Gaussian
     grey = F.conv2d(F.pad(grey.flatten(0, 1)[:, None], (2, 2, 2, 2), mode="reflect"), (g[:, None] * g)[None, None])
     grey = grey.view(video.shape[0], video.shape[2], *video.shape[3:])
@@ -127,16 +128,17 @@ def physics_iq(pred, true):
     iou = lambda x, y, dims: torch.where((x | y).sum(dims) > 0, (x & y).sum(dims) / (x | y).sum(dims).clamp_min(1), 1.0)
     wa, wb = a.float().mean(1), b.float().mean(1)
     total = torch.maximum(wa, wb).sum((1, 2))
-    return dict(mse=((pred - true).float() / 2).square().mean((1, 2, 3, 4)), spatial_iou=iou(a.any(1), b.any(1), (1, 2)),
-                spatiotemporal_iou=iou(a, b, (2, 3)).mean(1),
-                weighted_spatial_iou=torch.where(total > 0, torch.minimum(wa, wb).sum((1, 2)) / total.clamp_min(1e-9), 1.0))
+    return dict(mse=((pred - true).float() / 2).square().mean((1, 2, 3, 4)),
+                spatial_iou=iou(a.any(1), b.any(1), (1, 2)), spatiotemporal_iou=iou(a, b, (2, 3)).mean(1),
+                weighted_spatial_iou=torch.where(
+                    total > 0, torch.minimum(wa, wb).sum((1, 2)) / total.clamp_min(1e-9), 1.0))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # our own, beside them
 
 def phases(batch, fps):
-    """When is each body in flight, past its first contact, at rest? -> three bool (B, T, N), from the simulator's state."""
+    """When is each body in flight, past its first contact, at rest? -> three bool (B, T, N), from the true state."""
     v = batch["velocity"]
     time = torch.arange(v.shape[1], device=v.device) / fps
     free = batch["gravity"][:, None, None] * time[None, :, None, None]
@@ -149,17 +151,17 @@ def phases(batch, fps):
 def laws(track, flight):
     """Of vertical tracks y (K, T), pixels down, and flight (K, T) bool (true before the first contact) ->
 
-    g (K,) px/frame^2, a quadratic fit to the flight; contact (K,) frames, when the fall first turns, by parabola through
-    the lowest frame; bounce (K,), the largest upward speed after it over the largest downward speed before it."""
+    g (K,) px/frame^2, a quadratic fit to the flight; contact (K,) frames, when the fall first turns, by parabola
+    through the lowest frame; bounce (K,), the largest upward speed after it over the largest downward before it."""
     K, T = track.shape
     t = torch.arange(T, dtype=torch.float64, device=track.device)
     w = (flight & track.isfinite()).double()
     y = torch.nan_to_num(track).double()
-    A = torch.stack([t * t / 2, t, torch.ones_like(t)], -1)                                                 # (T, 3)
+    A = torch.stack([t * t / 2, t, torch.ones_like(t)], -1)                                         # (T, 3)
     normal = torch.einsum("kt,ti,tj->kij", w, A, A) + 1e-9 * torch.eye(3, device=track.device)
     g = torch.linalg.solve(normal, torch.einsum("kt,ti,kt->ki", w, A, y))[:, 0]
     g = torch.where(w.sum(1) >= 4, g, torch.nan)                                     # fewer frames fit anything
-    v = track[:, 1:] - track[:, :-1]                                                                        # (K, T-1)
+    v = track[:, 1:] - track[:, :-1]                                                                # (K, T-1)
     fast = torch.nan_to_num(v, nan=-torch.inf).cummax(1).values
     turned = (v < 0.5 * fast) & (fast > 1)
     contact = torch.where(turned.any(1), turned.float().argmax(1).float(), torch.nan)
@@ -171,17 +173,17 @@ def laws(track, flight):
 
 
 def measure(video, batch, fps=16, detail=True):
-    """Every metric of every clip. video (B, 3, T, H, W) against a make_batch dict -> {metric: (B,) float, NaN = undefined}.
+    """Every metric of every clip: video (B, 3, T, H, W) against a make_batch dict -> {metric: (B,), NaN = undefined}.
 
     detail=False: only traj_l2, for choosing among many samples."""
     B, _, T, H, W = video.shape
     N, diagonal = batch["alive"].shape[1], math.hypot(H, W)
     image, mask = batch["video"][:, :, 0], batch["mask"]
-    alpha = parse(video, image, mask[:, 0], N)                                                              # (B, T, N, H, W)
+    alpha = parse(video, image, mask[:, 0], N)                                                      # (B, T, N, H, W)
     found = alpha > 0.5
-    true = torch.stack([mask == k + 1 for k in range(N)], 2)                                                # (B, T, N, H, W)
-    area, true_area = found.sum((-2, -1)), true.sum((-2, -1))                                               # (B, T, N)
-    c, c_true = centroids(alpha), centroids(true)                                                           # (B, T, N, 2)
+    true = torch.stack([mask == k + 1 for k in range(N)], 2)                                        # (B, T, N, H, W)
+    area, true_area = found.sum((-2, -1)), true.sum((-2, -1))                                       # (B, T, N)
+    c, c_true = centroids(alpha), centroids(true)                                                   # (B, T, N, 2)
     falls = batch["falls"][:, None]
     # what is mostly hidden or out of view has no position that a picture could show
     seen = true_area >= 0.5 * true_area.amax(1, keepdim=True).clamp_min(8)
@@ -198,10 +200,12 @@ def measure(video, batch, fps=16, detail=True):
     if not detail:
         return out
     flight, moving, rest = phases(batch, fps)
-    out |= {f"traj_l2_{name}": mean(error, counts & when) for name, when in (("flight", flight), ("contact", moving), ("rest", rest))}
+    out |= {f"traj_l2_{name}": mean(error, counts & when)
+            for name, when in (("flight", flight), ("contact", moving), ("rest", rest))}
     # phyworld's velocity error, px/frame: from frame 3, fully in view; a missing body is put at the border
     border = torch.where(c.isfinite(), c, 0.0)
-    edge = torch.stack([true[..., 0].any(-1), true[..., -1].any(-1), true[..., 0, :].any(-1), true[..., -1, :].any(-1)]).any(0)
+    edge = torch.stack([true[..., 0].any(-1), true[..., -1].any(-1),
+                        true[..., 0, :].any(-1), true[..., -1, :].any(-1)]).any(0)
     inside = (counts & ~edge)[:, 1:] & (counts & ~edge)[:, :-1]
     inside[:, :2] = False
     speed = ((border[:, 1:] - border[:, :-1]) - (c_true[:, 1:] - c_true[:, :-1])).norm(dim=-1)
@@ -219,19 +223,21 @@ def measure(video, batch, fps=16, detail=True):
     # laws: the same fit on the found and on the true track, so that perspective cancels
     which = batch["falls"].nonzero()
     pick = lambda x: x[which[:, 0], :, which[:, 1]]
-    track = pick(torch.where(counts | (torch.arange(T, device=c.device) == 0)[None, :, None], c[..., 1], torch.nan))
-    track_true = pick(torch.where(counts | (torch.arange(T, device=c.device) == 0)[None, :, None], c_true[..., 1], torch.nan))
+    known = counts | (torch.arange(T, device=c.device) == 0)[None, :, None]
+    track = pick(torch.where(known, c[..., 1], torch.nan))
+    track_true = pick(torch.where(known, c_true[..., 1], torch.nan))
     (g, when, bounce), (g_true, when_true, bounce_true) = laws(track, pick(flight)), laws(track_true, pick(flight))
     g_ratio = torch.where(pick(flight & counts).sum(1) >= 4, g / g_true, torch.nan)
     contact = (when - when_true).abs() / fps
 
-    def spread(x):                                 # bodies back to clips: the mean of a clip's bodies, NaN if none counts
+    def spread(x):                                 # bodies back to clips: the mean over a clip's, NaN if none counts
         good = x.isfinite()
         total = torch.zeros(B, device=x.device).index_add_(0, which[:, 0], torch.where(good, x, 0.0))
         n = torch.zeros(B, device=x.device).index_add_(0, which[:, 0], good.float())
         return torch.where(n > 0, total / n.clamp_min(1), torch.nan)
 
-    out |= dict(g_ratio=spread(g_ratio), restitution_error=spread((bounce - bounce_true).abs()), contact_time_error=spread(contact))
+    out |= dict(g_ratio=spread(g_ratio), restitution_error=spread((bounce - bounce_true).abs()),
+                contact_time_error=spread(contact))
 
     # permanence, over the frames in which the truth shows the body
     visible = counts.clone()
@@ -243,15 +249,17 @@ def measure(video, batch, fps=16, detail=True):
     dx = (m.sum(-2) * (xs - border[..., :1]).square()).sum(-1) + (m.sum(-1) * (ys - border[..., 1:]).square()).sum(-1)
     # pixels of one disc lie area / 2 pi (squared) from its centre; two apart lie far more
     out["duplicate"] = mean((dx / area.clamp_min(1) > 3 * area / (2 * math.pi) + 1).float(), visible & (area > 0))
-    reach = lambda p: torch.nan_to_num((p - p[:, :1]).norm(dim=-1)).amax(1)                                 # (B, N)
-    frozen = reach(torch.where(counts[..., None], c, c[:, :1])) < 0.2 * reach(torch.where(counts[..., None], c_true, c_true[:, :1]))
+    reach = lambda p: torch.nan_to_num((p - p[:, :1]).norm(dim=-1)).amax(1)                         # (B, N)
+    frozen = (reach(torch.where(counts[..., None], c, c[:, :1]))
+              < 0.2 * reach(torch.where(counts[..., None], c_true, c_true[:, :1])))
     out["freeze"] = mean(frozen.float(), batch["falls"] & counts.any(1))
 
     out["psnr"] = -10 * ((video - batch["video"]) / 2)[:, :, 1:].square().mean((1, 2, 3, 4)).clamp_min(1e-10).log10()
     inside_bodies = (mask > 0)[:, None].float()
     out["psnr_bodies"] = -10 * ((((video - batch["video"]) / 2).square() * inside_bodies).sum((1, 2, 3, 4))
                                 / (3 * inside_bodies.sum((1, 2, 3, 4))).clamp_min(1)).clamp_min(1e-10).log10()
-    gradient = lambda v: (v[..., 1:] - v[..., :-1]).abs().mean((1, 2, 3, 4)) + (v[..., 1:, :] - v[..., :-1, :]).abs().mean((1, 2, 3, 4))
+    gradient = lambda v: ((v[..., 1:] - v[..., :-1]).abs().mean((1, 2, 3, 4))
+                          + (v[..., 1:, :] - v[..., :-1, :]).abs().mean((1, 2, 3, 4)))
     out["sharpness"] = gradient(video) / gradient(batch["video"])
     return out | {f"piq_{k}": v for k, v in physics_iq(video, batch["video"]).items()}
 
@@ -263,7 +271,7 @@ MEDIANS = {"g_ratio"}                              # a ratio of fits has heavy t
 
 
 def interval(values, statistic=None, draws=1000):
-    """(n,) values, NaN left out -> dict(mean, low, high, n): the statistic and its 95 % bootstrap interval over clips."""
+    """(n,) values, NaN left out -> dict(mean, low, high, n): the statistic and 95 % bootstrap interval over clips."""
     values = values[values.isfinite()]
     if not len(values):
         return dict(mean=math.nan, low=math.nan, high=math.nan, n=0)
@@ -295,7 +303,7 @@ def evaluate(models, split, n, seed=0, unseen=False, scenario="drop", best_of=1,
              device=None, disable=False, prefix="", indices=None):
     """Generate and measure n scenes of a split. models: {row name: sample.Models}. -> {row: {metric: (n,) tensor}}.
 
-    best_of > 1 adds the row "<name>, oracle best of k": the sample with the lowest traj_l2, what choosing could reach."""
+    best_of > 1 adds the row "<name>, oracle best of k": the sample of lowest traj_l2, what choosing could reach."""
     rows, vae = {}, next(iter(models.values())).vae
     device = device or next(vae.parameters()).device
     for start in tqdm(range(0, n, chunk), desc=f"{prefix}{split} {'unseen' if unseen else 'seen'}", disable=disable):
@@ -303,11 +311,13 @@ def evaluate(models, split, n, seed=0, unseen=False, scenario="drop", best_of=1,
         batch = simdata.make_batch(scenario, size, seed, split, start=start, unseen=unseen)
         videos = {}
         if references:
-            again = simdata.make_batch(scenario, size, seed, split, start=start, unseen=unseen, jitter_seed=0, truth=False)
+            again = simdata.make_batch(scenario, size, seed, split, start=start, unseen=unseen,
+                                       jitter_seed=0, truth=False)
             videos = reference_rows(batch, again, vae)
         for name, m in models.items():
             draws = [sample.generate(m, batch["video"][:, :, 0], batch["caption"],
-                                     [(split, unseen, seed, start + i, k) for i in range(size)], steps=steps) for k in range(best_of)]
+                                     [(split, unseen, seed, start + i, k) for i in range(size)], steps=steps)
+                     for k in range(best_of)]
             videos[name] = draws[0]
             if best_of > 1:
                 error = torch.stack([measure(v, batch, detail=False)["traj_l2"].nan_to_num(1) for v in draws])
@@ -324,7 +334,7 @@ COLUMNS = ("traj_l2", "traj_l2_flight", "traj_l2_contact", "pisa_l2", "pisa_cham
 
 
 def table(result, columns=COLUMNS):
-    """{row: {split: {metric: {...}}}} -> a markdown table, a line per row and split, with half-widths of the intervals."""
+    """{row: {split: {metric: {...}}}} -> a markdown table, a line per row and split, with the intervals' half-width."""
     lines = ["| row | scenes | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 2)]
     for row, splits in result.items():
         for split, metrics in splits.items():
@@ -362,18 +372,20 @@ def main():
     if not set(cfg.stages.split(",")) <= {"1", "2", "3"}:
         raise common.InputError(f"--stages={cfg.stages}: expected some of 1,2,3, separated by commas")
     device, _, _ = common.setup(cfg.device)
-    models = {f"Stage {'I' * int(s)}": sample.load_models(cfg.data, int(s), cfg.ckpt, cfg.head, device) for s in cfg.stages.split(",")}
+    models = {f"Stage {'I' * int(s)}": sample.load_models(cfg.data, int(s), cfg.ckpt, cfg.head, device)
+              for s in cfg.stages.split(",")}
     result, clips = {}, {}
     for name, unseen in (("seen", False), ("unseen", True)):
-        clips[name] = evaluate(models, cfg.split, cfg.n, cfg.seed, unseen, best_of=cfg.best_of, references=cfg.references,
-                               chunk=cfg.chunk, steps=cfg.steps)
+        clips[name] = evaluate(models, cfg.split, cfg.n, cfg.seed, unseen, best_of=cfg.best_of,
+                               references=cfg.references, chunk=cfg.chunk, steps=cfg.steps)
         for row, per_clip in clips[name].items():
             result.setdefault(row, {})[name] = summary(per_clip)
     stages = list(models)
     for row in stages[1:]:                         # paired by scene: far tighter than two separate intervals
         for name in clips:
             a, b = clips[name][row], clips[name][stages[0]]
-            result.setdefault(f"{row} - {stages[0]}, paired", {})[name] = {k: interval((a[k] - b[k]).float().cpu()) for k in a}
+            result.setdefault(f"{row} - {stages[0]}, paired", {})[name] = {
+                k: interval((a[k] - b[k]).float().cpu()) for k in a}
     print(table(result))
     if cfg.json:
         with common.atomic(cfg.json) as tmp, open(tmp, "w") as f:

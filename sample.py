@@ -63,7 +63,8 @@ def load_models(data="data", stage=1, ckpt="", head="", device="cpu"):
 
 
 @torch.no_grad()
-def generate_latent(models, image, text, phys, keys, frames=25, steps=12, shift=3.0, cfg=1.0, solver="ab2", progress=None):
+def generate_latent(models, image, text, phys, keys, frames=25, steps=12, shift=3.0, cfg=1.0, solver="ab2",
+                    progress=None):
     """The denoising loop alone: image (B, C, 1, h, w) latent, tokens, physical tokens -> latent frames 1..k."""
     from model import bytes_to_tokens, sample
     B, C, _, h, w = image.shape
@@ -74,15 +75,15 @@ def generate_latent(models, image, text, phys, keys, frames=25, steps=12, shift=
 
 @torch.no_grad()
 def generate(models, image, captions, keys, frames=25, steps=12, shift=3.0, cfg=1.0, solver="ab2", progress=None):
-    """image (B, 3, H, W) in [-1, 1], B captions, B noise keys (ints or tuples) -> video (B, 3, frames, H, W) in [-1, 1].
+    """image (B, 3, H, W) in [-1, 1], B captions, B noise keys (int or tuple) -> video (B, 3, frames, H, W) in [-1, 1].
 
     The noise of a clip depends on its key alone, not on the batch, the rank or the device."""
     from model import bytes_to_tokens
     device = image.device
     with common.autocast(device):
-        first = models.vae.encode(image[:, :, None])                                                        # (B, C, 1, h, w)
+        first = models.vae.encode(image[:, :, None])                                                # (B, C, 1, h, w)
         grid = [n // 2 for n in first.shape[3:]]
-        phys = models.encoder(image, grid) if models.encoder is not None else None                          # (B, P, D)
+        phys = models.encoder(image, grid) if models.encoder is not None else None                  # (B, P, D)
         text = bytes_to_tokens(captions).to(device)
         x0 = generate_latent(models, first, text, phys, keys, frames, steps, shift, cfg, solver, progress)
         video = models.vae.decode(torch.cat([first, x0], 2))
@@ -146,8 +147,9 @@ def main():
     columns = min(cfg.n, 4 if cfg.n > 4 else cfg.n)
     common.write_video(out, common.grid([common.to_uint8(v) for v in video], columns), fps=16, scale=cfg.scale)
     print(f"prompt: {prompt or '(none)'}")
-    print(f"wrote {out}: {cfg.frames} frames, stage {cfg.stage}, seed {cfg.seed}{f' to {cfg.seed + cfg.n - 1}' if cfg.n > 1 else ''}"
-          f" (loading {loaded - began:.1f} s, sampling {sampled - loaded:.1f} s, writing {time.time() - sampled:.1f} s)")
+    print(f"wrote {out}: {cfg.frames} frames, stage {cfg.stage}, "
+          f"seed {cfg.seed}{f' to {cfg.seed + cfg.n - 1}' if cfg.n > 1 else ''} "
+          f"(loading {loaded - began:.1f} s, sampling {sampled - loaded:.1f} s, writing {time.time() - sampled:.1f} s)")
 
 
 if __name__ == "__main__":

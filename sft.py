@@ -6,9 +6,10 @@ Stage I: supervised fine-tuning of the DiT and the physical head on ground-truth
     python sft.py --phys=False --name=sft_plain      # without the encoder
     torchrun --nproc_per_node=8 sft.py --batch=512 --lr=2e-3
 
-The first run makes a pool of latents (world -> VAE, once) in out/pool/; later runs reuse it. Watch out/sft/: metrics.jsonl
-has the loss by timestep bin, and the sheets show truth above sample. The results are dit.safetensors and head1.safetensors.
-PhysMaster's Stage I starts from a pretrained video model: give one with --init_from; nano starts from nothing.
+The first run makes a pool of latents (world -> VAE, once) in out/pool/; later runs reuse it. Watch out/sft/:
+metrics.jsonl has the loss by timestep bin, and the sheets show truth above sample. The results are dit.safetensors and
+head1.safetensors. PhysMaster's Stage I starts from a pretrained video model: give one with --init_from; nano starts
+from nothing.
 """
 import math
 import os
@@ -65,7 +66,7 @@ SHARD = 512                                        # clips simulated and encoded
 
 @torch.no_grad()
 def make_pool(cfg, vae, device, rank, world):
-    """Fill cfg.pool with shards of latents; -> dict(latent (N, C, 1+k, h, w) bf16, image (N, 3, H, W) uint8, text (N, 128))."""
+    """Fill cfg.pool with shards -> dict(latent (N, C, 1+k, h, w) bf16, image (N, 3, H, W) uint8, text (N, 128))."""
     common.make_dir(cfg.pool)
     shards = [(s, f"{cfg.pool}/{s:04d}.safetensors") for s in range(math.ceil(cfg.clips / SHARD))]
     missing = [s for s, path in shards if not os.path.exists(path)]
@@ -75,7 +76,7 @@ def make_pool(cfg, vae, device, rank, world):
         count = min(SHARD, cfg.clips - s * SHARD)
         scenario = list(simdata.SCENARIOS)[s % len(simdata.SCENARIOS)]
         batch = simdata.make_batch(scenario, count, cfg.seed, "train", start=s * SHARD, truth=False)
-        video = torch.cat([batch["video"], batch["video"].flip(-1)])                 # a mirrored world obeys the same laws
+        video = torch.cat([batch["video"], batch["video"].flip(-1)])                 # the same laws hold in a mirror
         with common.autocast(device):
             latent = torch.cat([vae.encode(v.to(device)).to("cpu", torch.bfloat16) for v in video.split(16)])
         image = ((video[:, :, 0] + 1) * 127.5).round().byte()
@@ -86,18 +87,20 @@ def make_pool(cfg, vae, device, rank, world):
     parts = [common.read_weights(path) for _, path in shards]
     for (_, path), (_, made) in zip(shards, parts):
         if made != stamp:
-            raise common.InputError(f"{path} was made by another VAE or seed; delete {cfg.pool} or choose another --pool")
+            raise common.InputError(f"{path} was made by another VAE or seed; delete {cfg.pool} "
+                                    "or choose another --pool")
     return {k: torch.cat([p[k] for p, _ in parts]) for k in ("latent", "image", "text")}
 
 
 def get_batch(cfg, pool, step):
-    """The global batch of a step: indices, which captions are dropped, t and the noise. A function of (seed, step) alone."""
+    """The global batch of a step: indices, captions (some dropped), t and the noise; a function of (seed, step)."""
     g = common.generator(cfg.seed, "sft", step)
     index = torch.randint(len(pool["latent"]), (cfg.batch,), generator=g)
     keep = torch.rand(cfg.batch, 1, generator=g) >= cfg.drop_text
     t = M.sample_t(cfg.batch, g, cfg.shift)
     shape = list(pool["latent"].shape[1:])
-    return index, pool["text"][index].long() * keep, t, torch.randn(cfg.batch, shape[0], shape[1] - 1, *shape[2:], generator=g)
+    return (index, pool["text"][index].long() * keep, t,
+            torch.randn(cfg.batch, shape[0], shape[1] - 1, *shape[2:], generator=g))
 
 
 class StageOne(nn.Module):
@@ -109,7 +112,7 @@ class StageOne(nn.Module):
     def forward(self, latent, image, text, t, eps):
         grid = [n // 2 for n in latent.shape[3:]]
         phys = self.encoder(image, grid) if self.encoder is not None else None
-        return M.flow_loss(self.dit, latent[:, :, 1:], text, latent[:, :, :1], phys, t, eps)                # (B,)
+        return M.flow_loss(self.dit, latent[:, :, 1:], text, latent[:, :, :1], phys, t, eps)        # (B,)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -117,10 +120,12 @@ class StageOne(nn.Module):
 def main():
     cfg = common.parse_config(Config, sys.argv[1:], PRESETS)
     common.check_range(cfg, clips=(1, 10**8), steps=(1, 10**8), batch=(1, 10**6), accumulate=(1, 10**4), lr=(0, 1),
-                       drop_text=(0, 1), shift=(0.01, 100), ema=(0, 1), log_every=(1, 10**8), eval_every=(1, 10**8), eval_clips=(1, 10**4))
+                       drop_text=(0, 1), shift=(0.01, 100), ema=(0, 1), log_every=(1, 10**8), eval_every=(1, 10**8),
+                       eval_clips=(1, 10**4))
     device, rank, world = common.setup(cfg.device)
     if cfg.batch % (world * cfg.accumulate):
-        raise common.InputError(f"--batch={cfg.batch} must be a multiple of ranks x accumulate = {world * cfg.accumulate}")
+        raise common.InputError(f"--batch={cfg.batch} must be a multiple of ranks x accumulate "
+                                f"= {world * cfg.accumulate}")
     vae = load_vae(f"{cfg.data}/vae.safetensors", device=device)
     folder = common.start_run(cfg, rank, f"out/{cfg.name}")
     log, state = f"{folder}/metrics.jsonl", f"{folder}/state.safetensors"
@@ -130,7 +135,7 @@ def main():
     common.seed_everything(cfg.seed)
     config = M.CONFIGS["nano"] | {"phys": cfg.phys}
     dit, encoder = M.VideoDiT(config), None
-    if cfg.phys:                                   # the head starts fresh; the backbone has seen depth and stays as it is
+    if cfg.phys:                                   # the head starts fresh; the backbone has seen depth and stays as is
         encoder = load_phys_encoder(f"{cfg.data}/backbone.safetensors", config={"out_dim": config["dim"]})
     if cfg.init_from:
         common.load_weights(dit, cfg.init_from)
@@ -149,10 +154,11 @@ def main():
     first = common.load_state(state, parts, optimizer) if cfg.resume else 0
     if rank == 0:
         common.trim_log(log, first)
-        print(f"{sum(p.numel() for p in trained.values()):,} trained parameters, {len(pool['latent'])} clips, from step {first}")
+        print(f"{sum(p.numel() for p in trained.values()):,} trained parameters, {len(pool['latent'])} clips, "
+              f"from step {first}")
 
     def look(step):
-        """Sample val clips with the averaged weights; every rank takes its share. -> mean traj_l2; a sheet in the folder."""
+        """Sample val clips with the averaged weights, every rank its share. -> mean traj_l2; a sheet in the folder."""
         scores, shown = [], []
         with ema.applied(raw):
             models = sample.Models(vae, encoder.eval() if encoder is not None else None, dit.eval())
@@ -164,7 +170,8 @@ def main():
                 scores.append(judge.measure(video, batch, detail=False)["traj_l2"])
                 shown += [common.to_uint8(v) for pair in zip(batch["video"], video) for v in pair]
         raw.train()
-        total = common.average(torch.tensor([sum(s.nansum().item() for s in scores), float(sum(len(s) for s in scores))]), device)
+        total = common.average(torch.tensor([sum(s.nansum().item() for s in scores),
+                                             float(sum(len(s) for s in scores))]), device)
         if rank == 0:
             common.write_image(f"{folder}/{step:06d}.png", common.sheet(shown[:16], every=2))
         return (total[0] / total[1]).item()
@@ -188,7 +195,7 @@ def main():
             latent = pool["latent"][index[mine]].to(device).float()
             image = pool["image"][index[mine]].to(device).float() / 127.5 - 1
             with common.autocast(device):
-                loss = model(latent, image, take(text), take(t), take(eps))                                 # (micro,)
+                loss = model(latent, image, take(text), take(t), take(eps))                         # (micro,)
             (loss.mean() / cfg.accumulate).backward()
             # the average over all t hides what matters: see which part of the path is being learned
             bins.index_add_(1, (t[mine] * 4).long().clamp_max(3), torch.stack([loss.detach().cpu(), torch.ones(micro)]))
@@ -203,7 +210,8 @@ def main():
             if rank == 0:
                 common.log_line(log, {"step": step, "loss": mean, "grad_norm": norm.item(), "lr": lr,
                                       "seconds": round(time.time() - began, 1),
-                                      **{f"loss_t{i}/4": (s / n).item() if n else None for i, (s, n) in enumerate(total.T, 1)}})
+                                      **{f"loss_t{i}/4": (s / n).item() if n else None
+                                         for i, (s, n) in enumerate(total.T, 1)}})
                 bar.set_postfix(loss=f"{mean:.4f}", norm=f"{norm.item():.2f}")
             bins.zero_()
         ending = stop.agreed(device)

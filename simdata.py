@@ -44,13 +44,13 @@ def _mix(h):
 class Draws:
     """draw("size", 3) -> (B, 3) uniforms in [0, 1): functions of (split, seed, index) and the name alone."""
     def __init__(self, split, seed, index):
-        self.key = _mix(_mix(index * len(SPLITS) * 2 + SPLITS[split]) + seed)                               # (B,)
+        self.key = _mix(_mix(index * len(SPLITS) * 2 + SPLITS[split]) + seed)                       # (B,)
 
     def __call__(self, name, *shape):
         n = math.prod(shape)
         word = int.from_bytes(name.encode().ljust(8, b"_")[:8], "little", signed=True)
-        columns = _mix(torch.arange(n, device=self.key.device) + word)                                      # (n,)
-        bits = _mix(self.key[:, None] + columns) >> 40 & (1 << 24) - 1                                      # 24 bits
+        columns = _mix(torch.arange(n, device=self.key.device) + word)                              # (n,)
+        bits = _mix(self.key[:, None] + columns) >> 40 & (1 << 24) - 1                              # 24 bits
         return (bits.double() / 2**24).float().view(-1, *shape)
 
     def uniform(self, name, low, high, *shape):
@@ -113,10 +113,10 @@ def dot(a, b):
 def bodies(shape, half_extents, material, position, rotation, alive, hue, tone, falls):
     """Fill in what follows from shape, size and material. All (B, N, ...); -> the scene dict that simulate() takes."""
     table = torch.tensor([m[:3] for m in MATERIALS.values()], device=shape.device)
-    density, restitution, friction = table[material].unbind(-1)                                             # (B, N)
+    density, restitution, friction = table[material].unbind(-1)                                     # (B, N)
     volume = torch.where(shape == 0, 4 / 3 * math.pi, 8.0) * half_extents.prod(-1)
     zeros = torch.zeros_like(position)
-    rgb = ((hue[..., None] / 60 + torch.tensor([5.0, 3.0, 1.0], device=hue.device)) % 6)                    # HSV to RGB
+    rgb = ((hue[..., None] / 60 + torch.tensor([5.0, 3.0, 1.0], device=hue.device)) % 6)            # HSV to RGB
     rgb = tone[..., :1] * (1 - tone[..., 1:] * torch.minimum(rgb, 4 - rgb).clamp(0, 1))
     return dict(shape=shape, half_extents=half_extents, material=material, position=position, rotation=rotation,
                 velocity=zeros, angular_velocity=zeros.clone(), alive=alive, dynamic=alive.clone(), falls=falls & alive,
@@ -130,16 +130,17 @@ def drop(draw, unseen):
     N, A = 3, 24                                   # bodies, and attempts to place them: the first valid one is taken
     B, device = draw.key.shape[0], draw.key.device
 
-    count = 1 + (draw("count", 1) * torch.tensor([1.0], device=device) > 0.35) + (draw("count", 1) > 0.75).int()   # (B, 1)
+    count = (1 + (draw("count", 1) * torch.tensor([1.0], device=device) > 0.35)
+             + (draw("count", 1) > 0.75).int())                                                     # (B, 1)
     shape = (draw("shape", N) < 0.5).long()
     material = (draw("material", N) * len(MATERIALS)).long()
-    hues = torch.tensor([m[3] for m in MATERIALS.values()], dtype=torch.float32, device=device)[material]   # (B, N, 2)
+    hues = torch.tensor([m[3] for m in MATERIALS.values()], dtype=torch.float32, device=device)[material]  # (B, N, 2)
     small = draw("small", N) < 0.5
     size = torch.where(small, draw.uniform("size", 0.10, 0.12, N), draw.uniform("size", 0.20, 0.23, N)) if unseen \
         else draw.uniform("size", 0.13, 0.19, N)
     aspect = draw.uniform("aspect", 0.65, 1.0, N, 3)
     half_extents = size[..., None] * torch.where(shape[..., None] == 0, torch.ones_like(aspect), aspect * 0.95)
-    bound = torch.where(shape == 0, size, half_extents.norm(dim=-1))                                        # (B, N)
+    bound = torch.where(shape == 0, size, half_extents.norm(dim=-1))                                # (B, N)
 
     low = draw("low", A, N) < 0.5
     height = torch.where(low, draw.uniform("height", 0.15, 0.3, A, N), draw.uniform("height", 1.2, 1.35, A, N)) \
@@ -150,28 +151,29 @@ def drop(draw, unseen):
     near = draw("near", A, N, 1) < 0.6             # the others often near it, so that things do meet
     near[..., 0, :] = False
     offset = (draw("offset", A, N, 2) * 2 - 1) * torch.tensor([0.28, 0.12], device=device)
-    spot = torch.where(near, (spot[..., :1, :] + offset).clamp(-0.65, 0.65), spot)                          # (B, A, N, 2)
+    spot = torch.where(near, (spot[..., :1, :] + offset).clamp(-0.65, 0.65), spot)                  # (B, A, N, 2)
     tumbled, upright = random_quat(draw("tumbled", A, N, 3)), yaw_quat(draw("yaw", A, N) * 2 * math.pi)
     rotation = torch.where((falls & (shape == 1)[:, None])[..., None], tumbled, upright)
     # how far the body reaches below its centre
     reach = torch.where(shape[:, None] == 0, size[:, None],
-                        (quat_to_matrix(rotation)[..., 2, :].abs() * half_extents[:, None]).sum(-1))        # (B, A, N)
-    position = torch.cat([spot, (reach + torch.where(falls, height, 0.0))[..., None]], -1)                  # (B, A, N, 3)
+                        (quat_to_matrix(rotation)[..., 2, :].abs() * half_extents[:, None]).sum(-1))  # (B, A, N)
+    position = torch.cat([spot, (reach + torch.where(falls, height, 0.0))[..., None]], -1)          # (B, A, N, 3)
 
-    alive = torch.arange(N, device=device) < count                                                          # (B, N)
+    alive = torch.arange(N, device=device) < count                                                  # (B, N)
     i, j = torch.triu_indices(N, N, 1, device=device)
-    gap = position[:, :, i] - position[:, :, j]                                                             # (B, A, P, 3)
+    gap = position[:, :, i] - position[:, :, j]                                                     # (B, A, P, 3)
     together = (bound[:, i] + bound[:, j])[:, None]
     apart = (gap.norm(dim=-1) > 1.05 * together) & (gap[..., [0, 2]].norm(dim=-1) > 0.8 * together)  # nobody hidden
     # two bodies of one scene differ clearly in hue, so that a parser can tell them apart
-    hue = hues[..., 0][:, None] + draw("hue", A, N) * (hues[..., 1] - hues[..., 0])[:, None]                # (B, A, N)
+    hue = hues[..., 0][:, None] + draw("hue", A, N) * (hues[..., 1] - hues[..., 0])[:, None]        # (B, A, N)
     turn = (hue[..., i] - hue[..., j] + 180) % 360 - 180
-    valid = ((apart & (turn.abs() > 35)) | ~(alive[:, i] & alive[:, j])[:, None]).all(-1)                   # (B, A)
+    valid = ((apart & (turn.abs() > 35)) | ~(alive[:, i] & alive[:, j])[:, None]).all(-1)           # (B, A)
     first = valid.float().argmax(1)                # (B,) index of the first valid attempt ...
-    alive &= valid.any(1, keepdim=True) | (torch.arange(N, device=device) == 0)      # ... else only the first body stays
+    alive &= valid.any(1, keepdim=True) | (torch.arange(N, device=device) == 0)      # ... else the first body alone
     pick = lambda x: x[torch.arange(B, device=device), first]
     tone = torch.stack([draw.uniform("value", 0.8, 1.0, N), draw.uniform("satur", 0.75, 0.95, N)], -1)
-    return bodies(shape, half_extents, material, pick(position), pick(rotation), alive, pick(hue) % 360, tone, pick(falls))
+    return bodies(shape, half_extents, material, pick(position), pick(rotation), alive,
+                  pick(hue) % 360, tone, pick(falls))
 
 
 SCENARIOS = {"drop": drop}
@@ -272,19 +274,19 @@ class Contacts:
         self.a, self.b = torch.cat([n, i]), torch.cat([torch.full_like(n, N), j])    # body N is the world
         solid = torch.cat([scene["alive"], torch.ones_like(scene["alive"][:, :1])], 1)
         moves = torch.cat([scene["dynamic"], torch.zeros_like(scene["dynamic"][:, :1])], 1)
-        self.possible = solid[:, self.a] & solid[:, self.b] & (moves[:, self.a] | moves[:, self.b])         # (B, C)
+        self.possible = solid[:, self.a] & solid[:, self.b] & (moves[:, self.a] | moves[:, self.b])  # (B, C)
         one = torch.ones_like(scene["restitution"][:, :1])                           # the floor multiplies by one
         e, mu = torch.cat([scene["restitution"], one], 1), torch.cat([scene["friction"], one], 1)
-        self.e, self.mu = e[:, self.a] * e[:, self.b], mu[:, self.a] * mu[:, self.b]                        # (B, C)
+        self.e, self.mu = e[:, self.a] * e[:, self.b], mu[:, self.a] * mu[:, self.b]                # (B, C)
 
     def detect(self, x, R):
         """Positions (B, N, 3), matrices (B, N, 3, 3) -> slot index (B, K), point (B, K, 3), normal from b to a, gap."""
         h, box, i, j = self.scene["half_extents"], self.box, self.i, self.j
-        ball = ~box[..., None, None]                                                                        # (B, N, 1, 1)
+        ball = ~box[..., None, None]                                                                # (B, N, 1, 1)
         local = self.corners * h[:, :, None] * box[..., None, None]                  # a ball's eight points: its centre
         first = torch.arange(8, device=x.device) == 0
-        radius = torch.where(ball[..., 0], h[..., :1], 0.0)                                                 # (B, N, 1)
-        world = x[:, :, None] + rotate(R[:, :, None], local)                                                # (B, N, 8, 3)
+        radius = torch.where(ball[..., 0], h[..., :1], 0.0)                                         # (B, N, 1)
+        world = x[:, :, None] + rotate(R[:, :, None], local)                                        # (B, N, 8, 3)
 
         gap = world[..., 2] - radius
         gap = torch.where(box[..., None] | first, gap, 1.0)
@@ -294,8 +296,8 @@ class Contacts:
         points, gaps, normals = [low.flatten(1, 2)], [gap.flatten(1, 2)], [up.flatten(1, 2)]
 
         pair = []
-        for a, b, sign in ((i, j, 1), (j, i, -1)):                                   # points of a against the shape of b
-            p = rotate(R[:, b, None].mT, world[:, a] - x[:, b, None])                                       # (B, P, 8, 3)
+        for a, b, sign in ((i, j, 1), (j, i, -1)):                                   # points of a against b's shape
+            p = rotate(R[:, b, None].mT, world[:, a] - x[:, b, None])                               # (B, P, 8, 3)
             g, n = _distance(p, self.scene["shape"][:, b], h[:, b])
             g = g - radius[:, a]
             n = rotate(R[:, b, None], n)
@@ -310,7 +312,7 @@ class Contacts:
         for k, out in enumerate((points, gaps, normals)):
             out.append(torch.cat([part[k] for part in pair], 2).flatten(1, 2))
 
-        gap = torch.where(self.possible, torch.cat(gaps, 1), 1.0)                                           # (B, C)
+        gap = torch.where(self.possible, torch.cat(gaps, 1), 1.0)                                   # (B, C)
         gap, slot = gap.topk(min(KEEP, gap.shape[1]), 1, largest=False)
         take = lambda v: v.gather(1, slot[..., None].expand(-1, -1, 3))
         return slot, take(torch.cat(points, 1)), take(torch.cat(normals, 1)), gap
@@ -330,22 +332,22 @@ def _solve(v, w, inv_mass, inv_inertia, a, b, ra, rb, n, active, target, mu, imp
     # across it: an upper bound for every direction (exact for a ball), so that friction never overshoots
     w_t = mass(a) + mass(b) + _spin(Ia, ra) + _spin(Ib, rb)
     live = active.to(v)
-    share = (on_a + on_b) * live[..., None]                                                                 # (B, K, N+1)
-    count = share.sum(1)                                                                                    # (B, N+1)
+    share = (on_a + on_b) * live[..., None]                                                         # (B, K, N+1)
+    count = share.sum(1)                                                                            # (B, N+1)
     count[:, -1] = 1                               # the world is not moved, so its contacts need not share it
     # n contacts on a body have lambda_max(D^-1 A) <= n: dividing by (n + 1) / 2 keeps the iteration convergent
     relax = (torch.maximum(count.gather(1, a), count.gather(1, b)) + 1) / 2
     step_n, step_t = live / (relax * w_n).clamp_min(1e-12), live / (relax * w_t).clamp_min(1e-12)
 
     def apply(v, w, p):
-        out_a, out_b = on_a.mT, on_b.mT                                                                     # (B, N+1, K)
+        out_a, out_b = on_a.mT, on_b.mT                                                             # (B, N+1, K)
         v = v + inv_mass[..., None] * (out_a @ p - out_b @ p)
         return v, w + rotate(inv_inertia, out_a @ cross(ra, p) - out_b @ cross(rb, p))
 
     impulse = impulse * live[..., None]
     v, w = apply(v, w, impulse)
     for _ in range(iterations):
-        u = at(v, a) + cross(at(w, a), ra) - at(v, b) - cross(at(w, b), rb)                                 # (B, K, 3)
+        u = at(v, a) + cross(at(w, a), ra) - at(v, b) - cross(at(w, b), rb)                         # (B, K, 3)
         u_n = dot(u, n)
         p_n = dot(impulse, n)
         new_n = (p_n + step_n * (target - u_n)).clamp_min(0)
@@ -375,16 +377,16 @@ def simulate(scene, frames, fps, gravity=None, rate=RATE):
     x, q, v, w = (scene[k].clone() for k in ("position", "rotation", "velocity", "angular_velocity"))
     B, N, _ = x.shape
     g = torch.tensor([0.0, 0.0, -9.81], device=x.device).repeat(B, 1) if gravity is None else gravity
-    g = g[:, None] * scene["dynamic"][..., None]                                                            # (B, N, 3)
+    g = g[:, None] * scene["dynamic"][..., None]                                                    # (B, N, 3)
     steps = math.ceil(rate / fps)
     h = 1 / (fps * steps)
     m, e = scene["mass"], scene["half_extents"]
     square = e.square()
     inertia = m[..., None] * torch.where((scene["shape"] == 0)[..., None], 0.4 * square,
-                                         (square.sum(-1, keepdim=True) - square) / 3)                       # (B, N, 3)
+                                         (square.sum(-1, keepdim=True) - square) / 3)               # (B, N, 3)
     moves = scene["dynamic"].to(x)
     inv_mass, inv_body = moves / m.clamp_min(1e-12), moves[..., None] / inertia.clamp_min(1e-12)
-    pad = lambda t: torch.cat([t, torch.zeros_like(t[:, :1])], 1)                    # the world: a body that never moves
+    pad = lambda t: torch.cat([t, torch.zeros_like(t[:, :1])], 1)                    # the world: a body that stays put
     inv_mass_w, zero = pad(inv_mass), torch.zeros(B, N + 1, 3, device=x.device)
     contacts = Contacts(scene)
     warm = torch.zeros(B, contacts.a.numel(), 3, device=x.device)                    # last impulses, by slot
@@ -434,14 +436,15 @@ def simulate(scene, frames, fps, gravity=None, rate=RATE):
 
 
 def jitter(scene, camera, draw, pixels=0.5, degrees=5.0):
-    """The same scene as far as a picture can tell: body centres moved by `pixels` (std, each axis), turned by `degrees`.
+    """The same scene as far as a picture can tell: body centres moved by `pixels` (std per axis), turned by `degrees`.
 
     What rests on the floor stays on it and stays upright. draw: a Draws. -> a new scene dict, to be simulated."""
     B, N = scene["shape"].shape
-    normal = lambda name: (-2 * (1 - draw(name + "r", N, 3)).log()).sqrt() * (2 * math.pi * draw(name + "a", N, 3)).cos()
+    normal = lambda name: ((-2 * (1 - draw(name + "r", N, 3)).log()).sqrt()
+                           * (2 * math.pi * draw(name + "a", N, 3)).cos())
     depth = rotate(camera["world_to_camera"][:, None, :3, :3], scene["position"])[..., 2] \
         + camera["world_to_camera"][:, None, 2, 3]
-    step = pixels * depth / camera["intrinsics"][:, 0, 0, None]                                             # m a pixel
+    step = pixels * depth / camera["intrinsics"][:, 0, 0, None]                                     # m a pixel
     falls = scene["falls"][..., None]
     flat = torch.tensor([0.0, 0.0, 1.0], device=step.device)
     turn = normal("turn") * degrees * math.pi / 180
@@ -470,7 +473,7 @@ def _rays(uv, camera):
 
 
 def _hit(o, d, shape, h):
-    """Rays from o (F, 1, 3) along d (F, P, 3), in the body's frame -> t (F, P), inf where they miss; normal (F, P, 3)."""
+    """Rays from o (F, 1, 3) along d (F, P, 3), in the body's frame -> t (F, P), inf if they miss; normal (F, P, 3)."""
     ball, h = (shape == 0)[:, None], h[:, None]
     a, b, c = dot(d, d), dot(o, d), dot(o, o) - h[..., 0].square()
     disc = b * b - a * c
@@ -487,7 +490,7 @@ def _hit(o, d, shape, h):
 
 
 def _background(scene, size, samples):
-    """What the camera sees where no body is -> z-depth (B, P), colour in the sun and in shadow (B, P, 3), P = (size*samples)^2."""
+    """What is seen where no body is, P = (size*samples)^2 -> z-depth (B, P), colour in sun and in shadow (B, P, 3)."""
     B, device = len(scene["eye"]), scene["eye"].device
     s = (torch.arange(size * samples, device=device) + 0.5) / samples
     uv = torch.stack(torch.meshgrid(s, s, indexing="xy"), -1).view(1, -1, 2).expand(B, -1, -1)
@@ -497,9 +500,10 @@ def _background(scene, size, samples):
     t = torch.minimum(t_floor, t_wall)
     point, on_floor = eye + t[..., None] * d, (t_floor < t_wall)[..., None]
     c, s = floor["yaw"].cos()[:, None], floor["yaw"].sin()[:, None]
-    tile = ((point[..., 0] * c - point[..., 1] * s) / TILE).floor() + ((point[..., 0] * s + point[..., 1] * c) / TILE).floor()
+    tile = (((point[..., 0] * c - point[..., 1] * s) / TILE).floor()
+            + ((point[..., 0] * s + point[..., 1] * c) / TILE).floor())
     checker = torch.where((tile % 2 == 0)[..., None], floor["color_a"][:, None], floor["color_b"][:, None])
-    wall = (0.7 + 0.3 * (point[..., 2:] / 2).clamp(0, 1)) * floor["wall_color"][:, None]         # brighter towards the top
+    wall = (0.7 + 0.3 * (point[..., 2:] / 2).clamp(0, 1)) * floor["wall_color"][:, None]  # brighter towards the top
     ambient = scene["ambient"][:, None, None]
     sun = ambient + (1 - ambient) * scene["light"][:, None, 2:]
     return t, torch.where(on_floor, checker * sun, wall), torch.where(on_floor, checker * ambient, wall)
@@ -513,9 +517,9 @@ def _window(center, side, width):
 
 
 def _frames(scene, path, k):
-    """The frames in which body k exists: their clips (F,), and its centre (F, 3), matrix (F, 3, 3), shape, size there."""
+    """The frames in which body k exists: their clips (F,), its centre (F, 3), matrix (F, 3, 3), shape, size there."""
     T = path["position"].shape[1]
-    clip = scene["alive"][:, k].nonzero()[:, 0].repeat_interleave(T)                                        # (F,)
+    clip = scene["alive"][:, k].nonzero()[:, 0].repeat_interleave(T)                                # (F,)
     time = torch.arange(T, device=clip.device).repeat(len(clip) // T)
     x, R = path["position"][clip, time, k], quat_to_matrix(path["rotation"][clip, time, k])
     return clip, clip * T + time, x, R, scene["shape"][clip, k], scene["half_extents"][clip, k]
@@ -529,7 +533,7 @@ def _side(camera, radius, center, samples, limit):
 
 
 def _sunlight(scene, path, size):
-    """Fraction of the sun on the floor at each pixel, (B, T, H, W): one ray a pixel, then a 3x3 mean as the penumbra."""
+    """Fraction of the sun on the floor at each pixel, (B, T, H, W): one ray a pixel, then a 3x3 mean as penumbra."""
     B, T, N, _ = path["position"].shape
     lit = torch.ones(B * T, size * size, device=scene["eye"].device)
     for k in range(N):
@@ -539,16 +543,17 @@ def _sunlight(scene, path, size):
         light, camera = scene["light"][clip], {key: v[clip] for key, v in scene["camera"].items()}
         bound = torch.where(shape == 0, h[:, 0], h.norm(dim=-1))
         center, side = _side(camera, bound / light[:, 2], x - light * (x[:, 2:] / light[:, 2:]), 1, size)
-        index = _window(center, side, size)                                                                 # (F, P)
+        index = _window(center, side, size)                                                         # (F, P)
         d = _rays(torch.stack([index % size + 0.5, index // size + 0.5], -1), camera)
         eye = scene["eye"][clip][:, None]
-        point = eye - d * (eye[..., 2:] / d[..., 2:].clamp_max(-1e-3))                                      # on the floor
+        point = eye - d * (eye[..., 2:] / d[..., 2:].clamp_max(-1e-3))                              # on the floor
         o, d = (point - x[:, None]) @ R, rotate(R.mT, light)[:, None]
         ball, h = (shape == 0)[:, None], h[:, None]
         b = dot(o, d)
         inverse = 1 / torch.where(d.abs() < 1e-9, 1e-9, d)
         t0, t1 = (-h - o) * inverse, (h - o) * inverse
-        blocked = torch.where(ball, dot(o, o) - b * b < h[..., 0].square(), torch.minimum(t0, t1).amax(-1) < torch.maximum(t0, t1).amin(-1))
+        blocked = torch.where(ball, dot(o, o) - b * b < h[..., 0].square(),
+                              torch.minimum(t0, t1).amax(-1) < torch.maximum(t0, t1).amin(-1))
         lit[frame[:, None], index] *= 1 - blocked.float()
     lit = torch.nn.functional.pad(lit.view(B * T, 1, size, size), (1, 1, 1, 1), mode="replicate")
     return torch.nn.functional.avg_pool2d(lit, 3, 1).view(B, T, size * size)
@@ -568,7 +573,7 @@ def _cast(scene, path, size, samples):
             continue
         camera = {key: v[clip] for key, v in scene["camera"].items()}
         center, side = _side(camera, torch.where(shape == 0, h[:, 0], h.norm(dim=-1)), x, samples, W)
-        index = _window(center, side, W)                                                                    # (F, S)
+        index = _window(center, side, W)                                                            # (F, S)
         pixel = torch.stack([(index % W + 0.5) / samples, (index // W + 0.5) / samples], -1)
         d = _rays(pixel, camera) @ R               # everything below happens in the body's own frame
         t, normal = _hit(rotate(R.mT, scene["eye"][clip] - x)[:, None], d, shape, h)
@@ -580,7 +585,8 @@ def _cast(scene, path, size, samples):
         # two tones on a ball, three on a box, so that rotation shows
         faces = (normal.abs() * torch.tensor([0.0, 0.14, 0.28], device=device)).sum(-1)
         tone = 1 - torch.where(ball, 0.25 * (normal[:, 2] > 0), faces)
-        ambient, diffuse = scene["ambient"][clip][row], dot(normal, rotate(R.mT, scene["light"][clip])[row]).clamp_min(0)
+        ambient, diffuse = (scene["ambient"][clip][row],
+                            dot(normal, rotate(R.mT, scene["light"][clip])[row]).clamp_min(0))
         hits.append((k + 1, flat, scene["color"][clip, k][row] * (tone * (ambient + (1 - ambient) * diffuse))[:, None]))
     return depth, ident, hits
 
@@ -590,10 +596,11 @@ def render(scene, path, size=64, antialias=2, truth=True):
     B, T, N, _ = path["position"].shape
     W = size * antialias
     _, ident, hits = _cast(scene, path, size, antialias)
-    pool = lambda c: c.view(B, size, antialias, size, antialias, 3).mean((2, 4)).view(B, 1, size * size, 3)
-    _, lit, dark = _background(scene, size, antialias)
-    lit, dark = pool(lit), pool(dark)              # the floor does not move: only how much sun it gets
-    image = (dark + (lit - dark) * _sunlight(scene, path, size)[..., None]).view(-1, 3)                     # (B*T*H*W, 3)
+    # the floor does not move: only how much sun it gets. It is filmed once, with more samples: its far tiles are fine
+    fine = 4 if antialias > 1 else 1
+    pool = lambda c: c.view(B, size, fine, size, fine, 3).mean((2, 4)).view(B, 1, size * size, 3)
+    lit, dark = map(pool, _background(scene, size, fine)[1:])
+    image = (dark + (lit - dark) * _sunlight(scene, path, size)[..., None]).view(-1, 3)             # (B*T*H*W, 3)
     body = torch.zeros(len(image), 4, device=image.device)                           # colour and coverage of each pixel
     for k, flat, color in hits:
         front = ident.view(-1)[flat] == k                         # not hidden by a later body
@@ -605,7 +612,7 @@ def render(scene, path, size=64, antialias=2, truth=True):
     out = dict(video=(image.clamp(0, 1) * 2 - 1).contiguous())
     if not truth:
         return out
-    depth, ident, _ = _cast(scene, path, size, 1)                                    # truth is what the pixel's centre sees
+    depth, ident, _ = _cast(scene, path, size, 1)                                    # truth: what a pixel's centre sees
     depth, ident = torch.minimum(depth.view(B, T, -1), _background(scene, size, 1)[0][:, None]), ident.view(B, T, -1)
     return out | dict(mask=ident.view(B, T, size, size), depth=depth.view(B, T, size, size),
                       **_flow(scene, path, depth, ident, size))
@@ -616,14 +623,14 @@ def _flow(scene, path, depth, ident, size):
     B, T, N, _ = path["position"].shape
     s = torch.arange(size, device=depth.device) + 0.5
     uv = torch.stack(torch.meshgrid(s, s, indexing="xy"), -1).view(1, -1, 2).expand(B, -1, -1)
-    point = scene["eye"][:, None, None] + depth[..., None] * _rays(uv, scene["camera"])[:, None]            # (B, T, P, 3)
-    R = quat_to_matrix(path["rotation"])                                                                    # (B, T, N, 3, 3)
+    point = scene["eye"][:, None, None] + depth[..., None] * _rays(uv, scene["camera"])[:, None]    # (B, T, P, 3)
+    R = quat_to_matrix(path["rotation"])                                                            # (B, T, N, 3, 3)
     later = point[:, :-1].clone()                  # the background stays where it is
     for k in range(N):
         local = (point[:, :-1] - path["position"][:, :-1, k, None]) @ R[:, :-1, k]
         moved = local @ R[:, 1:, k].mT + path["position"][:, 1:, k, None]
         later = torch.where((ident[:, :-1] == k + 1)[..., None], moved, later)
-    uv_later, z = project(later, scene["camera"])                                                           # (B, T-1, P, 2)
+    uv_later, z = project(later, scene["camera"])                                                   # (B, T-1, P, 2)
     flow = (uv_later - uv[:, None]).permute(0, 1, 3, 2)
     cell = uv_later.floor().long()
     inside = ((cell >= 0) & (cell < size)).all(-1)
@@ -671,8 +678,8 @@ def make_batch(scenario, batch_size, seed, split="train", frames=25, size=64, fp
     path = simulate(scene, frames, fps, scene["gravity"])
     part = lambda d, i: {k: part(v, i) if isinstance(v, dict) else v[i:i + chunk] for k, v in d.items()}
     films = [render(part(scene, i), part(path, i), size, antialias, truth) for i in range(0, batch_size, chunk)]
-    keep = ("alive", "dynamic", "falls", "shape", "half_extents", "mass", "restitution", "friction", "material", "color",
-            "floor", "gravity", "camera", "light")
+    keep = ("alive", "dynamic", "falls", "shape", "half_extents", "mass", "restitution", "friction", "material",
+            "color", "floor", "gravity", "camera", "light")
     return {k: torch.cat([f[k] for f in films]) for k in films[0]} | path | {k: scene[k] for k in keep} \
         | dict(caption=captions(scene))
 

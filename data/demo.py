@@ -1,0 +1,43 @@
+"""
+Write data/demo.gif, the README's moving picture: the scenes of data/examples.py, above the simulator's truth, below
+what the shipped weights make of the first frame and its caption, noise seed 0.
+
+    python data/demo.py
+    python data/demo.py --stage=3
+"""
+import os
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.dirname(HERE))
+import common
+import sample
+import simdata
+
+INDEX = (5, 43, 28, 44, 12, 16)                    # drop, box, hit, pair, three, clay
+
+
+@dataclass
+class Config:
+    stage: int = sample.DEFAULT_STAGE              # 1, 2 or 3
+    out: str = f"{HERE}/demo.gif"                  # .gif, .mp4 or .webp
+
+
+def main():
+    cfg = common.parse_config(Config, sys.argv[1:])
+    models = sample.load_models(HERE, cfg.stage)
+    parts = [simdata.make_batch("drop", 1, 100, "test", start=i, truth=False) for i in INDEX]
+    truth = torch.cat([p["video"] for p in parts])
+    video = sample.generate(models, truth[:, :, 0], [p["caption"][0] for p in parts], [0] * len(INDEX))
+    frames = common.grid([common.to_uint8(v) for v in (*truth, *video)], len(INDEX))
+    frames = np.concatenate([frames, frames[-1:].repeat(12, 0)])                     # rest a moment before it restarts
+    common.write_video(cfg.out, frames, fps=16, scale=2)
+    print(f"wrote {cfg.out}")
+
+
+if __name__ == "__main__":
+    common.run(main)
