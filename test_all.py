@@ -47,7 +47,8 @@ def refused(*command, cwd, says):
     """One clear line on stderr, exit code 2, no traceback."""
     done = run(*command, ok=False, cwd=cwd)
     lines = [line for line in done.stderr.splitlines() if line.strip()]
-    assert done.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: "), (command, done.returncode, done.stderr[-800:])
+    assert done.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: "), (
+        command, done.returncode, done.stderr[-800:])
     assert re.search(says, lines[0]), lines[0]
 
 
@@ -73,8 +74,9 @@ def one_body(shape, restitution, height=1.0, friction=0.5, velocity=(0.0, 0.0, 0
     """One body a scene, 0.15 m, lying flat at `height` above the floor; restitution: list, one scene each."""
     B = len(restitution)
     scene = simdata.bodies(torch.full((B, 1), shape), torch.full((B, 1, 3), 0.15), torch.zeros(B, 1, dtype=torch.long),
-                           torch.tensor([0.0, 0.0, 0.15 + height]).repeat(B, 1, 1), torch.tensor([1.0, 0, 0, 0]).repeat(B, 1, 1),
-                           torch.ones(B, 1, dtype=torch.bool), torch.zeros(B, 1), torch.ones(B, 1, 2), torch.ones(B, 1, dtype=torch.bool))
+                           torch.tensor([0.0, 0.0, 0.15 + height]).repeat(B, 1, 1),
+                           torch.tensor([1.0, 0, 0, 0]).repeat(B, 1, 1), torch.ones(B, 1, dtype=torch.bool),
+                           torch.zeros(B, 1), torch.ones(B, 1, 2), torch.ones(B, 1, dtype=torch.bool))
     return scene | dict(restitution=torch.tensor(restitution)[:, None], friction=torch.full((B, 1), friction),
                         velocity=torch.tensor(velocity).repeat(B, 1, 1))
 
@@ -104,7 +106,8 @@ def test_sliding_and_rolling():
 def energy(scene, path):
     """Potential and kinetic energy of all bodies, (B, T) J."""
     square, m = scene["half_extents"].square(), scene["mass"]
-    inertia = m[..., None] * torch.where((scene["shape"] == 0)[..., None], 0.4 * square, (square.sum(-1, keepdim=True) - square) / 3)
+    inertia = m[..., None] * torch.where((scene["shape"] == 0)[..., None], 0.4 * square,
+                                         (square.sum(-1, keepdim=True) - square) / 3)
     spin = simdata.rotate(simdata.quat_to_matrix(path["rotation"]).mT, path["angular_velocity"])
     each = m[:, None] * (9.81 * path["position"][..., 2] + path["velocity"].square().sum(-1) / 2) \
         + (inertia[:, None] * spin.square()).sum(-1) / 2
@@ -116,7 +119,8 @@ def test_no_scene_gains_energy_and_all_settle_down():
     path = simdata.simulate(scene, 33, 16)
     total = energy(scene, path)
     assert ((total.amax(1) - total[:, 0]) / total[:, 0]).max() < 0.01
-    low = path["position"][..., 2] - (simdata.quat_to_matrix(path["rotation"])[..., 2, :].abs() * scene["half_extents"][:, None]).sum(-1)
+    low = path["position"][..., 2] - (simdata.quat_to_matrix(path["rotation"])[..., 2, :].abs()
+                                      * scene["half_extents"][:, None]).sum(-1)
     box = (scene["shape"] == 1) & scene["alive"]
     assert low.transpose(1, 2)[box].min() > -0.01  # no corner under the floor
 
@@ -164,13 +168,14 @@ def test_clips_do_not_depend_on_batch_or_chunk(clips):
 
 
 def test_flow_and_depth_say_where_things_go(clips):
-    """Warping frame t+1 back by the flow gives frame t where the flow says it is visible, and depth is where bodies are."""
+    """Warping frame t+1 back by the flow gives frame t where that says visible, and depth is where bodies are."""
     video, flow, visible, mask = clips["video"], clips["flow"], clips["visible"], clips["mask"]
     B, _, T, H, W = video.shape
     s = torch.arange(64) + 0.5
     grid = torch.stack(torch.meshgrid(s, s, indexing="xy"), -1)
     at = (grid + flow.permute(0, 1, 3, 4, 2)) / 32 - 1
-    back = F.grid_sample(video[:, :, 1:].transpose(1, 2).flatten(0, 1), at.flatten(0, 1), align_corners=False).view(B, T - 1, 3, H, W)
+    back = F.grid_sample(video[:, :, 1:].transpose(1, 2).flatten(0, 1), at.flatten(0, 1),
+                         align_corners=False).view(B, T - 1, 3, H, W)
     body = (mask[:, :-1] > 0) & visible
     warped = (back - video[:, :, :-1].transpose(1, 2)).abs().mean(2)[body].mean()
     still = (video[:, :, 1:] - video[:, :, :-1]).abs().mean(1)[body].mean()
@@ -184,17 +189,20 @@ def test_flow_and_depth_say_where_things_go(clips):
 
 
 def test_clip_follows_from_what_is_visible(clips):
-    """Restitution, friction and density are the material's, which the caption names; the world's scale shows in frame 0."""
+    """Restitution, friction and density are the material's, which the caption names; the scale shows in frame 0."""
     table = torch.tensor([m[:3] for m in simdata.MATERIALS.values()])[clips["material"]]
     alive = clips["alive"]
-    assert torch.equal(clips["restitution"][alive], table[..., 1][alive]) and torch.equal(clips["friction"][alive], table[..., 2][alive])
+    assert torch.equal(clips["restitution"][alive], table[..., 1][alive])
+    assert torch.equal(clips["friction"][alive], table[..., 2][alive])
     for caption, live, material in zip(clips["caption"], alive, clips["material"]):
         assert all(list(simdata.MATERIALS)[m] in caption for m in material[live])
     scene, _ = simdata.make_scene("drop", 2, 3)
     path = simdata.simulate(scene, 1, 16)
     frame = simdata.render(scene, path, 64, 2, False)["video"]
-    big = scene | dict(position=scene["position"] * 1.2, half_extents=scene["half_extents"] * 1.2, eye=scene["eye"] * 1.2)
-    big["camera"] = dict(intrinsics=scene["camera"]["intrinsics"], world_to_camera=scene["camera"]["world_to_camera"].clone())
+    big = scene | dict(position=scene["position"] * 1.2, half_extents=scene["half_extents"] * 1.2,
+                       eye=scene["eye"] * 1.2)
+    big["camera"] = dict(intrinsics=scene["camera"]["intrinsics"],
+                         world_to_camera=scene["camera"]["world_to_camera"].clone())
     big["camera"]["world_to_camera"][:, :3, 3] *= 1.2
     larger = simdata.render(big, simdata.simulate(big, 1, 16), 64, 2, False)["video"]
     assert (larger - frame).abs().amax((1, 2, 3, 4)).min() > 0.02                    # the tiles stay 0.25 m
@@ -240,8 +248,9 @@ def test_vae_parity(name, tmp_path):
     residual = c["residual"]
     torch.manual_seed(0)
     ref = diffusers.AutoencoderKLWan(
-        base_dim=8, decoder_base_dim=8, z_dim=c["z_dim"], dim_mult=c["mult"], num_res_blocks=2, temperal_downsample=c["temporal"],
-        is_residual=residual, in_channels=12 if residual else 3, out_channels=12 if residual else 3,
+        base_dim=8, decoder_base_dim=8, z_dim=c["z_dim"], dim_mult=c["mult"], num_res_blocks=2,
+        temperal_downsample=c["temporal"], is_residual=residual,
+        in_channels=12 if residual else 3, out_channels=12 if residual else 3,
         patch_size=2 if residual else None, scale_factor_spatial=16 if residual else 8,
         latents_mean=c["latent_mean"], latents_std=c["latent_std"])
     randomise(ref, 0.02)
@@ -257,7 +266,7 @@ def test_vae_parity(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["nano", "wan2.1", "wan2.2"])
 def test_vae_is_causal(name):
-    """One image's latent is frame 0 of the clip's; a prefix decodes to the prefix; a late frame changes no early latent."""
+    """An image's latent is the clip's frame 0; a prefix decodes to the prefix; a late frame changes no early latent."""
     vae = randomise(V.VideoVAE(V.CONFIGS[name] | dict(dim=8, decoder_dim=8)))
     video = torch.rand(1, 3, 9, 2 * vae.stride, 2 * vae.stride) * 2 - 1
     with torch.no_grad():
@@ -290,12 +299,13 @@ def test_shipped_vae_reconstructs(clips):
 # ----------------------------------------------------------------------------------------------------------------------
 # the encoder
 
-TINY_VIT = dict(image_size=518, input_size=56, patch_size=14, dim=48, depth=4, heads=3, registers=0, layers=[0, 1, 2, 3],
-                features=16, out_channels=[8, 16, 24, 24])
+TINY_VIT = dict(image_size=518, input_size=56, patch_size=14, dim=48, depth=4, heads=3, registers=0,
+                layers=[0, 1, 2, 3], features=16, out_channels=[8, 16, 24, 24])
 
 
 def imagenet(image):
-    return ((image + 1) / 2 - torch.tensor([0.485, 0.456, 0.406])[:, None, None].to(image)) / torch.tensor([0.229, 0.224, 0.225])[:, None, None].to(image)
+    return (((image + 1) / 2 - torch.tensor([0.485, 0.456, 0.406])[:, None, None].to(image))
+            / torch.tensor([0.229, 0.224, 0.225])[:, None, None].to(image))
 
 
 @pytest.mark.parametrize("registers,size", [(0, 518), (4, 112)])
@@ -303,7 +313,8 @@ def test_dinov2_parity(registers, size, tmp_path):
     hub = pytest.importorskip("transformers")
     options = dict(hidden_size=48, num_hidden_layers=4, num_attention_heads=3, image_size=518, patch_size=14)
     torch.manual_seed(0)
-    ref = hub.Dinov2WithRegistersModel(hub.Dinov2WithRegistersConfig(**options)) if registers else hub.Dinov2Model(hub.Dinov2Config(**options))
+    ref = (hub.Dinov2WithRegistersModel(hub.Dinov2WithRegistersConfig(**options)) if registers
+           else hub.Dinov2Model(hub.Dinov2Config(**options)))
     randomise(ref).save_pretrained(tmp_path)
     net = E.DINOv2(TINY_VIT | {"registers": registers})
     common.load_weights(net, tmp_path)
@@ -319,12 +330,12 @@ def test_dinov2_parity(registers, size, tmp_path):
 def test_depth_anything_parity(tmp_path):
     hub = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    backbone = hub.Dinov2Config(hidden_size=48, num_hidden_layers=4, num_attention_heads=3, image_size=518, patch_size=14,
-                                out_indices=[1, 2, 3, 4], reshape_hidden_states=False)
+    backbone = hub.Dinov2Config(hidden_size=48, num_hidden_layers=4, num_attention_heads=3, image_size=518,
+                                patch_size=14, out_indices=[1, 2, 3, 4], reshape_hidden_states=False)
     ref = randomise(hub.DepthAnythingForDepthEstimation(hub.DepthAnythingConfig(
         backbone_config=backbone, reassemble_hidden_size=48, neck_hidden_sizes=[8, 16, 24, 24], fusion_hidden_size=16)))
     for m in [*ref.neck.modules(), *ref.head.modules()]:
-        if hasattr(m, "kernel_size"):              # its own initialisation leaves a signal of 4e-4: any bound would be met
+        if hasattr(m, "kernel_size"):              # its own init leaves a signal of 4e-4: any bound would be met
             torch.nn.init.kaiming_normal_(m.weight)
     with torch.no_grad():
         ref.head.conv3.weight.mul_(0.1), ref.head.conv3.bias.fill_(1.0)
@@ -353,8 +364,8 @@ def test_phys_encoder():
 # ----------------------------------------------------------------------------------------------------------------------
 # the DiT
 
-TINY_DIT = dict(in_dim=8, out_dim=8, dim=96, ffn_dim=160, num_heads=2, num_layers=3, freq_dim=256, text="features", text_dim=40,
-                text_len=24, phys=False)
+TINY_DIT = dict(in_dim=8, out_dim=8, dim=96, ffn_dim=160, num_heads=2, num_layers=3, freq_dim=256, text="features",
+                text_dim=40, text_len=24, phys=False)
 
 
 def tiny_dit(**extra):
@@ -365,7 +376,8 @@ def tiny_dit(**extra):
 def tiny_inputs():
     g = common.generator("inputs")
     r = lambda *s: torch.randn(*s, generator=g)
-    return dict(x=r(2, 8, 3, 8, 12), t=torch.rand(2, generator=g), text=r(2, 24, 40), image=r(2, 8, 1, 8, 12), phys=r(2, 6, 96))
+    return dict(x=r(2, 8, 3, 8, 12), t=torch.rand(2, generator=g), text=r(2, 24, 40), image=r(2, 8, 1, 8, 12),
+                phys=r(2, 6, 96))
 
 
 @pytest.mark.parametrize("name,extra,md5,parameters", [
@@ -383,8 +395,8 @@ def test_dit_parity(tmp_path):
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
     ref = randomise(diffusers.WanTransformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=48, in_channels=8, out_channels=8, text_dim=40, freq_dim=256,
-        ffn_dim=160, num_layers=3, cross_attn_norm=True, qk_norm="rms_norm_across_heads"))
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=48, in_channels=8, out_channels=8, text_dim=40,
+        freq_dim=256, ffn_dim=160, num_layers=3, cross_attn_norm=True, qk_norm="rms_norm_across_heads"))
     common.save_weights(tmp_path / "dit.safetensors", ref, {})
     dit, i = M.VideoDiT(TINY_DIT), tiny_inputs()
     common.load_weights(dit, tmp_path / "dit.safetensors")
@@ -400,7 +412,8 @@ def test_schedule_parity():
     for shift, n in ((1.0, 10), (5.0, 50)):
         ref, seen = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift), []
         ref.set_timesteps(sigmas=np.linspace(1, 0, n + 1)[:-1])
-        M.sample(lambda x, t, *a: seen.append(t[0].item()) or 0 * x, None, None, None, torch.zeros(1, 1, 1, 1, 1), n, shift)
+        M.sample(lambda x, t, *a: seen.append(t[0].item()) or 0 * x, None, None, None,
+                 torch.zeros(1, 1, 1, 1, 1), n, shift)
         assert np.allclose(seen, ref.sigmas[:-1], atol=1e-6)
 
 
@@ -435,7 +448,7 @@ def test_oracle_velocity_recovers_the_clip(solver):
 
 
 def test_order_of_the_solvers():
-    """For Gaussian data the exact path is known: x(0) = s eps. Twice the steps halve Euler's error and quarter AB2's."""
+    """For Gaussian data the exact path is known: x(0) = s eps. Twice the steps halve Euler's error, quarter AB2's."""
     s = 0.5
 
     def v(x, t, *a):
@@ -457,7 +470,8 @@ def test_guidance_acts_on_text_only():
 
 def test_bytes():
     t = M.bytes_to_tokens(["", "aé", "x" * 200])
-    assert t.shape == (3, 128) and t[0].sum() == 0 and t[1, :4].tolist() == [98, 0xC3 + 1, 0xA9 + 1, 0] and (t[2] > 0).all()
+    assert t.shape == (3, 128) and t[0].sum() == 0
+    assert t[1, :4].tolist() == [98, 0xC3 + 1, 0xA9 + 1, 0] and (t[2] > 0).all()
 
 
 def test_lora(tmp_path):
@@ -468,7 +482,7 @@ def test_lora(tmp_path):
         M.add_lora(dit, 4, 8, seed=1)
         assert torch.equal(before, dit(**i))                                         # a no-op, to the bit
     assert {n.rsplit(".", 1)[1] for n, p in dit.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
-    left = dit.load_state_dict(base, strict=False)                                   # the order of loading does not matter
+    left = dit.load_state_dict(base, strict=False)                                   # loading in any order will do
     assert not left.unexpected_keys and set(left.missing_keys) == set(M.lora_state(dit))
     with torch.no_grad():
         for name, p in dit.named_parameters():
@@ -506,7 +520,8 @@ def test_one_clip_can_be_overfitted():
     optimizer = torch.optim.AdamW(dit.parameters(), lr=2e-3)
     for step in range(150):
         t, eps = M.sample_t(8, g), torch.randn(8, *x0.shape[1:], generator=g)
-        loss = M.flow_loss(dit, x0.expand(8, -1, -1, -1, -1), text.expand(8, -1), image.expand(8, -1, -1, -1, -1), None, t, eps).mean()
+        loss = M.flow_loss(dit, x0.expand(8, -1, -1, -1, -1), text.expand(8, -1), image.expand(8, -1, -1, -1, -1),
+                           None, t, eps).mean()
         optimizer.zero_grad(), loss.backward(), optimizer.step()
     dit.eval()
     out = M.sample(dit, image, text, None, torch.randn(x0.shape, generator=g), steps=12, shift=1.0)
@@ -526,7 +541,8 @@ def test_dpo_starts_at_ln_2_and_pulls_the_right_way():
     g = common.generator("dpo")
     r = lambda *s: torch.randn(*s, generator=g)
     features = encoder.features(torch.rand(3, 3, 64, 64, generator=g) * 2 - 1)
-    inputs = (*features, r(3, 16, 1, 8, 8), r(3, 16, 6, 8, 8), r(3, 16, 6, 8, 8), M.bytes_to_tokens(["a ball"] * 3), torch.rand(3, generator=g), r(3, 16, 6, 8, 8))
+    inputs = (*features, r(3, 16, 1, 8, 8), r(3, 16, 6, 8, 8), r(3, 16, 6, 8, 8),
+              M.bytes_to_tokens(["a ball"] * 3), torch.rand(3, generator=g), r(3, 16, 6, 8, 8))
     err_w, err_l = policy(*inputs)
     with torch.no_grad():
         ref_w, ref_l = torch.func.functional_call(policy, reference, inputs)
@@ -538,7 +554,8 @@ def test_dpo_starts_at_ln_2_and_pulls_the_right_way():
     with torch.no_grad():
         new_w, new_l = policy(*inputs)
     assert dpo.dpo_loss(new_w, new_l, ref_w, ref_l, 2000.0).mean() < math.log(2)
-    assert dpo.dpo_loss(torch.tensor([0.1]), torch.tensor([0.3]), torch.tensor([0.2]), torch.tensor([0.2]), 100.0) < math.log(2)
+    assert dpo.dpo_loss(torch.tensor([0.1]), torch.tensor([0.3]), torch.tensor([0.2]), torch.tensor([0.2]),
+                        100.0) < math.log(2)
 
 
 def test_chaos_has_little_weight_and_scores_prefer_the_truth(clips):
@@ -581,7 +598,8 @@ def test_pisa_numbers():
     assert out["iou"] == pytest.approx((a[0] & b[0]).sum().item() / (a[0] | b[0]).sum().item(), abs=1e-6)
     gone = b.clone()
     gone[2:] = False
-    assert judge.pisa(gone, a)["l2"] == pytest.approx(out["l2"]) and judge.pisa(gone, a)["iou"] == pytest.approx(out["iou"] / 2)
+    assert judge.pisa(gone, a)["l2"] == pytest.approx(out["l2"])
+    assert judge.pisa(gone, a)["iou"] == pytest.approx(out["iou"] / 2)
     assert judge.pisa(gone & False, a & False)["iou"] == 1 and math.isnan(judge.pisa(gone & False, a)["l2"])
 
 
@@ -589,24 +607,26 @@ def test_judge_tells_right_from_wrong(clips):
     true = judge.measure(clips["video"], clips)
     static = judge.measure(clips["video"][:, :, :1].expand_as(clips["video"]), clips)
     gone = clips["video"].clone()
-    gone[:, :, 3:] = torch.where((clips["mask"] > 0).any(1)[:, None, None], 0.0, gone[:, :, 3:])       # everything painted out
+    gone[:, :, 3:] = torch.where((clips["mask"] > 0).any(1)[:, None, None], 0.0, gone[:, :, 3:])    # all painted out
     vanished = judge.measure(gone, clips)
     assert true["traj_l2"].max() < 0.01 and true["vanish"].max() == 0 and true["freeze"].max() == 0
     assert static["traj_l2"].mean() > 0.05 and static["freeze"].nanmean() > 0.9
-    assert vanished["traj_l2"].nanmean() > 0.7 and vanished["vanish"].nanmean() > 0.7     # PISA's l2 would give it a zero
+    assert vanished["traj_l2"].nanmean() > 0.7 and vanished["vanish"].nanmean() > 0.7               # PISA's l2: zero
     assert (true["g_ratio"] - 1).abs().nanmedian() < 0.05
     half = torch.arange(25) // 2                   # the same clip at half speed: a quarter of gravity
     slow = judge.measure(clips["video"][:, :, half], clips)
     assert slow["g_ratio"].nanmedian() < 0.6
     same = judge.physics_iq(clips["video"], clips["video"])
     assert same["mse"].max() == 0 and all(same[k].min() == 1 for k in same if k != "mse")
-    assert judge.physics_iq(clips["video"][:, :, :1].expand_as(clips["video"]), clips["video"])["spatial_iou"].max() < 0.2
+    assert judge.physics_iq(clips["video"][:, :, :1].expand_as(clips["video"]),
+                            clips["video"])["spatial_iou"].max() < 0.2
 
 
 def test_interval_covers():
     values = torch.randn(400, generator=common.generator("values")) + 3
     out = judge.interval(torch.cat([values, torch.tensor([math.nan])]))
-    assert out["n"] == 400 and out["low"] < out["mean"] < out["high"] and abs(out["high"] - out["low"] - 4 * values.std() / 20) < 0.05
+    assert out["n"] == 400 and out["low"] < out["mean"] < out["high"]
+    assert abs(out["high"] - out["low"] - 4 * values.std() / 20) < 0.05
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -623,13 +643,15 @@ def test_seeds_are_functions_of_their_keys():
 def test_config():
     parse = lambda *argv: common.parse_config(sft.Config, list(argv), sft.PRESETS)
     assert parse("--steps=7", "--phys=False").steps == 7 and parse("--phys=false").phys is False
-    assert parse("--preset=taste").steps == sft.PRESETS["taste"]["steps"] and parse("--preset=taste", "--steps=3").steps == 3
+    assert parse("--preset=taste").steps == sft.PRESETS["taste"]["steps"]
+    assert parse("--preset=taste", "--steps=3").steps == 3
     for bad in ("--nope=1", "--steps=x", "--steps", "--phys=maybe", "--lr=nan", "--preset=no", "stray"):
         with pytest.raises(InputError):
             parse(bad)
     for config in (sft.Config, dpo.Config, sample.Config, judge.Config, V.Config, E.Config):
         import dataclasses
-        assert {f.name for f in dataclasses.fields(config)} == set(common._help(config)), config    # every flag has a help text
+        # every flag has a help text
+        assert {f.name for f in dataclasses.fields(config)} == set(common._help(config)), config
 
 
 def test_weights_refused(tmp_path):
@@ -650,8 +672,8 @@ def test_weights_refused(tmp_path):
 def test_any_picture(tmp_path):
     rng = np.random.default_rng(0)
     rgb = Image.fromarray(rng.integers(0, 255, (40, 80, 3), np.uint8))
-    for mode, name in (("RGB", "a.png"), ("L", "b.png"), ("P", "c.png"), ("RGBA", "d.png"), ("CMYK", "e.jpg"), ("1", "f.png"),
-                       ("LA", "g.png"), ("RGB", "h.webp"), ("RGB", "i.jpg")):
+    for mode, name in (("RGB", "a.png"), ("L", "b.png"), ("P", "c.png"), ("RGBA", "d.png"), ("CMYK", "e.jpg"),
+                       ("1", "f.png"), ("LA", "g.png"), ("RGB", "h.webp"), ("RGB", "i.jpg")):
         rgb.convert(mode).save(tmp_path / name)
         image, note = common.read_image(str(tmp_path / name), 64)
         assert image.shape == (3, 64, 64) and image.abs().max() <= 1 and "80x40 to 40x40" in note, name
@@ -668,7 +690,8 @@ def test_any_picture(tmp_path):
 # ----------------------------------------------------------------------------------------------------------------------
 # the commands
 
-TINY_SFT = ["--clips=8", "--batch=4", "--eval_clips=2", "--warmup=1", "--log_every=1", f"--data={HERE}/data", "--device=cpu"]
+TINY_SFT = ["--clips=8", "--batch=4", "--eval_clips=2", "--warmup=1", "--log_every=1", f"--data={HERE}/data",
+            "--device=cpu"]
 
 
 def read_all(path):
@@ -682,8 +705,9 @@ def test_sft_resumes_to_the_bit_and_two_ranks_equal_one(tmp_path):
     whole = read_all(tmp_path / "out/whole/state.safetensors")
     assert state.keys() == whole.keys() and all(torch.equal(v, state[k]) for k, v in whole.items())
     # SIGTERM: it saves and ends cleanly, and goes on from there to the same bits
-    process = subprocess.Popen([sys.executable, f"{HERE}/sft.py", *TINY_SFT, "--name=cut", "--steps=4", "--eval_every=100"],
-                               cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        [sys.executable, f"{HERE}/sft.py", *TINY_SFT, "--name=cut", "--steps=4", "--eval_every=100"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     log = tmp_path / "out/cut/metrics.jsonl"
     while process.poll() is None and not (log.exists() and log.read_text().strip()):
         time.sleep(0.005)
@@ -695,14 +719,17 @@ def test_sft_resumes_to_the_bit_and_two_ranks_equal_one(tmp_path):
     steps = [json.loads(line)["step"] for line in open(log) if "loss" in json.loads(line)]
     assert steps == [0, 1, 2, 3]
     # two gloo ranks draw what one rank draws and average to the same gradient
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", f"{HERE}/sft.py",
-                           *TINY_SFT, "--name=ranks", "--steps=4", "--eval_every=4"], cwd=tmp_path, capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", f"{HERE}/sft.py",
+         *TINY_SFT, "--name=ranks", "--steps=4", "--eval_every=4"],
+        cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    losses = [[json.loads(line)["loss"] for line in open(tmp_path / f"out/{name}/metrics.jsonl") if '"loss"' in line] for name in ("whole", "ranks")]
+    losses = [[json.loads(line)["loss"] for line in open(tmp_path / f"out/{name}/metrics.jsonl") if '"loss"' in line]
+              for name in ("whole", "ranks")]
     assert np.allclose(*losses, rtol=2e-3), losses
     for name in ("dit", "head1"):                  # no wrapper leaks into the names
-        assert read_all(tmp_path / f"out/ranks/{name}.safetensors").keys() == read_all(f"{HERE}/data/{name}.safetensors").keys()
+        assert (read_all(tmp_path / f"out/ranks/{name}.safetensors").keys()
+                == read_all(f"{HERE}/data/{name}.safetensors").keys())
     run("sft.py", *TINY_SFT, "--name=plain", "--phys=False", "--steps=1", cwd=tmp_path)
     assert not (tmp_path / "out/plain/head1.safetensors").exists()
     refused("sft.py", *TINY_SFT, "--name=plain", "--resume=True", cwd=tmp_path, says="another configuration")
@@ -717,21 +744,24 @@ import torch, common, model as M, sft, encoder as E
 from torch.nn.parallel import DistributedDataParallel
 device, rank, world = common.setup("cpu")
 common.seed_everything(0)
-net = sft.StageOne(M.VideoDiT(M.CONFIGS["nano"] | dict(num_layers=1)), E.PhysEncoder(E.CONFIGS["nano"] | dict(out_dim=256)))
+net = sft.StageOne(M.VideoDiT(M.CONFIGS["nano"] | dict(num_layers=1)),
+                   E.PhysEncoder(E.CONFIGS["nano"] | dict(out_dim=256)))
 with torch.no_grad():
     net.dit.head.head.weight.normal_(std=0.05)
 g = common.generator("batch")
-batch = (torch.randn(4, 16, 7, 8, 8, generator=g), torch.rand(4, 3, 64, 64, generator=g), M.bytes_to_tokens(["a", "b", "c", "d"]),
-         torch.rand(4, generator=g), torch.randn(4, 16, 6, 8, 8, generator=g))
+batch = (torch.randn(4, 16, 7, 8, 8, generator=g), torch.rand(4, 3, 64, 64, generator=g),
+         M.bytes_to_tokens(["a", "b", "c", "d"]), torch.rand(4, generator=g), torch.randn(4, 16, 6, 8, 8, generator=g))
 n = 4 // world
 run = DistributedDataParallel(net) if world > 1 else net
 run(*(x[rank * n:(rank + 1) * n] for x in batch)).mean().backward()
 if rank == 0:
-    common.save_weights(f"grad{{world}}.safetensors", {{k: p.grad for k, p in net.named_parameters() if p.grad is not None}}, {{}})
+    common.save_weights(f"grad{{world}}.safetensors",
+                        {{k: p.grad for k, p in net.named_parameters() if p.grad is not None}}, {{}})
 """)
     for world in (1, 2):
-        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={world}", "--standalone", str(script)],
-                              cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+        done = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={world}", "--standalone", str(script)],
+            cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
         assert done.returncode == 0, done.stderr[-2000:]
     one, two = read_all(tmp_path / "grad1.safetensors"), read_all(tmp_path / "grad2.safetensors")
     assert one.keys() == two.keys() and any("head.proj" in k for k in one)
@@ -745,14 +775,15 @@ def test_dpo_runs_and_resumes(tmp_path):
     run("dpo.py", *tiny, "--name=a", "--steps=3", cwd=tmp_path)
     first = [json.loads(line) for line in open(tmp_path / "out/a/metrics2.jsonl")]
     entry = next(e for e in first if "loss" in e)
-    assert entry["loss"] == pytest.approx(math.log(2), abs=1e-4)                     # step 0: the policy is the reference
+    assert entry["loss"] == pytest.approx(math.log(2), abs=1e-4)                     # step 0: policy equals reference
     assert {"implicit_accuracy", "margin", "winner_vs_reference", "loser_vs_reference"} <= entry.keys()
     assert first[0]["val_traj_l2"] > 0             # the outcome, not only the loss
     lora, head = read_all(tmp_path / "out/a/lora2.safetensors"), read_all(tmp_path / "out/a/head3.safetensors")
     assert any(v.abs().max() > 0 for k, v in lora.items() if k.endswith("lora_B"))
     assert head.keys() == read_all(f"{HERE}/data/head1.safetensors").keys()
     line = json.loads(open(tmp_path / "out/pairs/0000.jsonl").readline())
-    assert {"caption", "winner_score", "loser_score", "source"} <= line.keys() and line["winner_score"] >= line["loser_score"]
+    assert {"caption", "winner_score", "loser_score", "source"} <= line.keys()
+    assert line["winner_score"] >= line["loser_score"]
     # the same, stopped after each checkpoint
     os.makedirs(tmp_path / "out/b")
     process = subprocess.Popen([sys.executable, f"{HERE}/dpo.py", *tiny, "--name=b", "--steps=3"], cwd=tmp_path,
@@ -769,45 +800,55 @@ def test_dpo_runs_and_resumes(tmp_path):
 
 
 def test_vae_and_encoder_commands(tmp_path):
-    run("vae.py", "--clips=4", "--val_clips=2", "--steps=2", "--batch=2", "--eval_every=1", "--device=cpu", cwd=tmp_path)
+    run("vae.py", "--clips=4", "--val_clips=2", "--steps=2", "--batch=2", "--eval_every=1", "--device=cpu",
+        cwd=tmp_path)
     config = common.read_weights(tmp_path / "out/vae/vae.safetensors")[1]
     assert V.load_vae(str(tmp_path / "out/vae/vae.safetensors")).config == config and config["latent_std"] != [1.0] * 16
-    run("encoder.py", "--scenes=8", "--val_scenes=4", "--steps=2", "--batch=4", "--eval_every=1", "--device=cpu", cwd=tmp_path)
-    assert E.load_phys_encoder(str(tmp_path / "out/encoder/backbone.safetensors"), config={"out_dim": 8}).head.proj.out_features == 8
+    run("encoder.py", "--scenes=8", "--val_scenes=4", "--steps=2", "--batch=4", "--eval_every=1", "--device=cpu",
+        cwd=tmp_path)
+    assert E.load_phys_encoder(str(tmp_path / "out/encoder/backbone.safetensors"),
+                               config={"out_dim": 8}).head.proj.out_features == 8
 
 
 def test_simdata_and_eval_commands(tmp_path):
     run("simdata.py", "--n=2", "--frames=5", cwd=tmp_path)
-    assert (tmp_path / "out/simdata/drop.png").exists() and common.read_video(str(tmp_path / "out/simdata/drop.mp4")).shape[0] == 5
-    done = run("eval.py", f"--data={HERE}/data", "--n=2", "--steps=2", "--best_of=2", "--json=eval.json", "--device=cpu", cwd=tmp_path)
+    assert (tmp_path / "out/simdata/drop.png").exists()
+    assert common.read_video(str(tmp_path / "out/simdata/drop.mp4")).shape[0] == 5
+    done = run("eval.py", f"--data={HERE}/data", "--n=2", "--steps=2", "--best_of=2", "--json=eval.json",
+               "--device=cpu", cwd=tmp_path)
     assert "| truth re-parsed | seen |" in done.stdout
     result = json.load(open(tmp_path / "eval.json"))
-    assert {"truth re-parsed", "VAE round trip", "jittered truth", "static", "teleport to the floor", "Stage I"} <= result.keys()
+    assert {"truth re-parsed", "VAE round trip", "jittered truth", "static", "teleport to the floor",
+            "Stage I"} <= result.keys()
     assert result["Stage I"]["seen"]["traj_l2"].keys() == {"mean", "low", "high", "n"}
-    assert result["Stage I, oracle best of 2"]["seen"]["traj_l2"]["mean"] <= result["Stage I"]["seen"]["traj_l2"]["mean"]
+    assert (result["Stage I, oracle best of 2"]["seen"]["traj_l2"]["mean"]
+            <= result["Stage I"]["seen"]["traj_l2"]["mean"])
 
 
 def test_sample_command(tmp_path):
     for name in ("a.mp4", "b.mp4", "c.gif", "d.webp"):
-        run("sample.py", f"{HERE}/data/drop.png", f"--data={HERE}/data", f"--out={name}", "--steps=4", "--seed=5", cwd=tmp_path)
+        run("sample.py", f"{HERE}/data/drop.png", f"--data={HERE}/data", f"--out={name}", "--steps=4", "--seed=5",
+            cwd=tmp_path)
     assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()    # same seed, same bytes
     video = common.read_video(str(tmp_path / "a.mp4"))
     assert video.shape == (25, 256, 256, 3)
     assert Image.open(tmp_path / "c.gif").n_frames == 25 and Image.open(tmp_path / "d.webp").n_frames == 25
-    done = run("sample.py", f"{HERE}/data/drop.png", f"--data={HERE}/data", "--n=3", "--steps=2", "--scale=1", cwd=tmp_path)
+    done = run("sample.py", f"{HERE}/data/drop.png", f"--data={HERE}/data", "--n=3", "--steps=2", "--scale=1",
+               cwd=tmp_path)
     assert "out/drop.mp4" in done.stdout and common.read_video(str(tmp_path / "out/drop.mp4")).shape[2] == 192
     assert not [f for f in os.listdir(tmp_path) if f.startswith(".tmp")]
 
 
 def test_shipped_model_listens():
-    """Image, prompt and physical tokens each change the video that the shipped weights make; and things do fall in it."""
+    """Image, prompt and physical tokens each change the video that the shipped weights make; and things do fall."""
     models = sample.load_models(f"{HERE}/data", 1)
     batch = simdata.make_batch("drop", 4, 77, "val")
     image, captions = batch["video"][:, :, 0], batch["caption"]
     keys = [("t", i) for i in range(4)]
     video = sample.generate(models, image, captions, keys, steps=8)
     assert torch.equal(video, sample.generate(models, image, captions, keys, steps=8))
-    assert torch.allclose(video[2:], sample.generate(models, image[2:], captions[2:], keys[2:], steps=8), atol=1e-3)   # batch does not matter
+    assert torch.allclose(video[2:], sample.generate(models, image[2:], captions[2:], keys[2:], steps=8),
+                          atol=1e-3)                                                 # the batch does not matter
     assert (sample.generate(models, image.flip(0), captions, keys, steps=8) - video).abs().mean() > 0.01
     assert (sample.generate(models, image, ["a green clay box rests"] * 4, keys, steps=8) - video).abs().max() > 0.02
     deaf = sample.Models(models.vae, lambda x, grid: torch.zeros(len(x), grid[0] * grid[1], 256), models.dit)
@@ -828,8 +869,9 @@ def test_bad_input_is_refused(tmp_path):
     for argument, says in (("none.png", "does not exist"), ("folder", "folder"), ("text.png", "not a readable"),
                            ("broken.png", "not a readable"), ("tiny.png", "16 to 8192")):
         refused("sample.py", argument, data, cwd=tmp_path, says=says)
-    for flag, says in (("--steps=0", "range"), ("--steps=many", "integer"), ("--colour=red", "unknown"), ("--frames=24", "25"),
-                       ("--out=nowhere/a.mp4", "does not exist"), ("--out=a.avi", "mp4"), ("--solver=rk9", "ab2"),
+    for flag, says in (("--steps=0", "range"), ("--steps=many", "integer"), ("--colour=red", "unknown"),
+                       ("--frames=24", "25"), ("--out=nowhere/a.mp4", "does not exist"),
+                       ("--out=a.avi", "mp4"), ("--solver=rk9", "ab2"),
                        ("--ckpt=cut.safetensors", "truncated"), (f"--ckpt={HERE}/data/vae.safetensors", "DiT"),
                        ("--data=folder", "does not exist"), ("--device=quantum", "cuda")):
         refused("sample.py", "ok.png", *([] if flag.startswith("--data") else [data]), flag, cwd=tmp_path, says=says)
@@ -848,7 +890,8 @@ def test_bad_input_is_refused(tmp_path):
 def test_every_command_in_the_readme_parses():
     """Its two main commands are run as written by .ci/run; here every other one is checked against the real flags."""
     import bench
-    configs = {"sample.py": sample, "sft.py": sft, "dpo.py": dpo, "eval.py": judge, "vae.py": V, "encoder.py": E, "simdata.py": simdata, "bench.py": bench}
+    configs = {"sample.py": sample, "sft.py": sft, "dpo.py": dpo, "eval.py": judge, "vae.py": V, "encoder.py": E,
+               "simdata.py": simdata, "bench.py": bench}
     text = open(f"{HERE}/README.md").read()
     commands = [shlex.split(line, comments=True) for line in re.findall(r"^(?:python|torchrun) .*", text, re.M)]
     assert len(commands) > 8
