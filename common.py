@@ -136,8 +136,9 @@ def attention(q, k, v):
     On a CPU always fp32: the backward pass of its bf16 kernel is slower than everything that bf16 saves elsewhere."""
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
+    full = torch.promote_types(q.dtype, torch.float32)
     with torch.autocast("cpu", enabled=False):
-        return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(v.dtype)
+        return F.scaled_dot_product_attention(q.to(full), k.to(full), v.to(full)).to(v.dtype)
 
 
 def average(value, device):

@@ -114,7 +114,7 @@ class DINOv2(nn.Module):
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, D, self.patch, stride=self.patch)))
         self.blocks = nn.ModuleList(Block(D, config["heads"]) for _ in range(config["depth"]))
         self.norm = nn.LayerNorm(D, eps=1e-6)
-        for tokens in filter(None.__ne__, (self.cls_token, self.pos_embed, self.register_tokens)):
+        for tokens in (t for t in (self.cls_token, self.pos_embed, self.register_tokens) if t is not None):
             nn.init.trunc_normal_(tokens, std=0.02)
         for linear in (m for m in self.modules() if isinstance(m, nn.Linear)):
             nn.init.trunc_normal_(linear.weight, std=0.02)

@@ -122,7 +122,9 @@ def test_no_scene_gains_energy_and_all_settle_down():
     low = path["position"][..., 2] - (simdata.quat_to_matrix(path["rotation"])[..., 2, :].abs()
                                       * scene["half_extents"][:, None]).sum(-1)
     box = (scene["shape"] == 1) & scene["alive"]
-    assert low.transpose(1, 2)[box].min() > -0.01  # no corner under the floor
+    low = low.transpose(1, 2)[box]
+    assert low[:, -1].min() > -0.002               # at the end no corner is under the floor; for a frame or so it may be,
+    assert low.min() > -0.05                       # when steel hits the sixteen times lighter wood that lies on it
 
 
 def test_collision_keeps_momentum():
@@ -304,8 +306,8 @@ TINY_VIT = dict(image_size=518, input_size=56, patch_size=14, dim=48, depth=4, h
 
 
 def imagenet(image):
-    return (((image + 1) / 2 - torch.tensor([0.485, 0.456, 0.406])[:, None, None].to(image))
-            / torch.tensor([0.229, 0.224, 0.225])[:, None, None].to(image))
+    mean, std = image.new_tensor([0.485, 0.456, 0.406]), image.new_tensor([0.229, 0.224, 0.225])
+    return ((image + 1) / 2 - mean[:, None, None]) / std[:, None, None]
 
 
 @pytest.mark.parametrize("registers,size", [(0, 518), (4, 112)])
@@ -345,7 +347,8 @@ def test_depth_anything_parity(tmp_path):
     net, ref, image = net.double(), ref.double(), torch.rand(1, 3, 518, 518, dtype=torch.float64) * 2 - 1
     with torch.no_grad():
         want = ref(imagenet(image)).predicted_depth
-        assert want.std() > 0.1 and (net(image) - want).abs().max() <= 1e-8
+        assert want.std() > 0.1
+        assert (net(image) - want).abs().max() <= 1e-8
 
 
 def test_phys_encoder():
@@ -511,21 +514,22 @@ def test_ema():
     assert all(torch.equal(p, new[k]) for k, p in dit.named_parameters())
 
 
-def test_one_clip_can_be_overfitted():
+def test_one_clip_can_be_overfitted(clips):
     torch.manual_seed(0)
-    dit = M.VideoDiT(M.CONFIGS["nano"] | dict(num_layers=2, dim=128, ffn_dim=256, num_heads=2, phys=False))
-    g = common.generator("overfit")
-    x0, image = torch.randn(1, 16, 6, 8, 8, generator=g), torch.randn(1, 16, 1, 8, 8, generator=g)
-    text = M.bytes_to_tokens(["a red rubber ball falls"])
+    with torch.no_grad():
+        latent = V.load_vae(f"{HERE}/data/vae.safetensors").encode(clips["video"][:1])
+    image, x0 = latent[:, :, :1], latent[:, :, 1:]
+    dit = M.VideoDiT(M.CONFIGS["nano"] | dict(num_layers=2, phys=False))
+    g, text = common.generator("overfit"), M.bytes_to_tokens(clips["caption"][:1])
     optimizer = torch.optim.AdamW(dit.parameters(), lr=2e-3)
-    for step in range(150):
-        t, eps = M.sample_t(8, g), torch.randn(8, *x0.shape[1:], generator=g)
-        loss = M.flow_loss(dit, x0.expand(8, -1, -1, -1, -1), text.expand(8, -1), image.expand(8, -1, -1, -1, -1),
-                           None, t, eps).mean()
+    many = lambda x: x.expand(8, *x.shape[1:])
+    for step in range(200):
+        t, eps = M.sample_t(8, g, 3.0), torch.randn(8, *x0.shape[1:], generator=g)
+        loss = M.flow_loss(dit, many(x0), many(text), many(image), None, t, eps).mean()
         optimizer.zero_grad(), loss.backward(), optimizer.step()
-    dit.eval()
-    out = M.sample(dit, image, text, None, torch.randn(x0.shape, generator=g), steps=12, shift=1.0)
-    assert (out - x0).square().mean() < 0.15, (out - x0).square().mean()
+    out = M.sample(dit.eval(), image, text, None, torch.randn(x0.shape, generator=g), steps=12)
+    error = (out - x0).square().mean()
+    assert error < 0.1 * x0.square().mean() and error < 0.2 * (image - x0).square().mean(), error
 
 
 # ----------------------------------------------------------------------------------------------------------------------
