@@ -215,8 +215,7 @@ def measure(video, batch, fps=16, detail=True):
     # PISA's, per dropped body, then averaged over the clip's; all bodies' pixels for parser IoU
     three = [[pisa(found[b, :, k], true[b, :, k]) for k in range(N) if batch["falls"][b, k]] for b in range(B)]
     for name in ("l2", "chamfer", "iou"):
-        out[f"pisa_{name}"] = torch.tensor([[d[name] for d in clip] for clip in three[:0]]) if not B else \
-            torch.stack([torch.tensor([d[name] for d in clip]).nanmean() for clip in three]).to(video.device)
+        out[f"pisa_{name}"] = torch.stack([torch.tensor([d[name] for d in clip]).nanmean() for clip in three])
     union = (found | true).sum((-2, -1))
     out["iou_visible"] = mean((found & true).sum((-2, -1)) / union.clamp_min(1), seen & batch["alive"][:, None])
 
@@ -287,42 +286,38 @@ def summary(per_clip):
     return {k: interval(v.float().cpu(), median if k in MEDIANS else None) for k, v in per_clip.items()}
 
 
-def reference_rows(batch, again, vae):
+def reference_rows(batch, again, vae, device):
     """Videos that say what a number means: {row: video (B, 3, T, H, W)}. again: the jittered make_batch dict."""
     video = batch["video"]
-    static = video[:, :, :1].expand_as(video)
-    teleport = torch.cat([video[:, :, :1], video[:, :, -1:].expand(-1, -1, video.shape[2] - 1, -1, -1)], 2)
-    with common.autocast(next(vae.parameters()).device):
-        recon = vae.decode(vae.encode(video))
-    return {"truth re-parsed": video, "VAE round trip": recon, "jittered truth": again["video"], "static": static,
-            "teleport to the floor": teleport}
+    with common.autocast(device):
+        recon = vae.decode(vae.encode(video.to(device))).cpu()
+    return {"truth re-parsed": video, "VAE round trip": recon, "jittered truth": again["video"],
+            "static": video[:, :, :1].expand_as(video),
+            "teleport to the floor": torch.cat([video[:, :, :1], video[:, :, -1:].expand_as(video[:, :, 1:])], 2)}
 
 
 @torch.no_grad()
-def evaluate(models, split, n, seed=0, unseen=False, scenario="drop", best_of=1, references=True, chunk=64, steps=12,
-             device=None, disable=False, prefix="", indices=None):
+def evaluate(models, split, n, seed=0, unseen=False, scenario="drop", best_of=1, references=True, chunk=64, steps=12):
     """Generate and measure n scenes of a split. models: {row name: sample.Models}. -> {row: {metric: (n,) tensor}}.
 
     best_of > 1 adds the row "<name>, oracle best of k": the sample of lowest traj_l2, what choosing could reach."""
     rows, vae = {}, next(iter(models.values())).vae
-    device = device or next(vae.parameters()).device
-    for start in tqdm(range(0, n, chunk), desc=f"{prefix}{split} {'unseen' if unseen else 'seen'}", disable=disable):
+    device = next(vae.parameters()).device
+    for start in tqdm(range(0, n, chunk), desc=f"{split}, {'unseen' if unseen else 'seen'}"):
         size = min(chunk, n - start)
-        batch = simdata.make_batch(scenario, size, seed, split, start=start, unseen=unseen)
-        videos = {}
+        where = dict(seed=seed, split=split, start=start, unseen=unseen)
+        batch, videos = simdata.make_batch(scenario, size, **where), {}
         if references:
-            again = simdata.make_batch(scenario, size, seed, split, start=start, unseen=unseen,
-                                       jitter_seed=0, truth=False)
-            videos = reference_rows(batch, again, vae)
+            again = simdata.make_batch(scenario, size, **where, jitter_seed=0, truth=False)
+            videos = reference_rows(batch, again, vae, device)
         for name, m in models.items():
-            draws = [sample.generate(m, batch["video"][:, :, 0], batch["caption"],
-                                     [(split, unseen, seed, start + i, k) for i in range(size)], steps=steps)
-                     for k in range(best_of)]
+            keys = [[(split, int(unseen), seed, start + i, k) for i in range(size)] for k in range(best_of)]
+            image = batch["video"][:, :, 0].to(device)
+            draws = torch.stack([sample.generate(m, image, batch["caption"], key, steps=steps).cpu() for key in keys])
             videos[name] = draws[0]
             if best_of > 1:
                 error = torch.stack([measure(v, batch, detail=False)["traj_l2"].nan_to_num(1) for v in draws])
-                best = error.argmin(0)
-                videos[f"{name}, oracle best of {best_of}"] = torch.stack(draws)[best, torch.arange(size)]
+                videos[f"{name}, oracle best of {best_of}"] = draws[error.argmin(0), torch.arange(size)]
         for row, video in videos.items():
             for metric, value in measure(video, batch).items():
                 rows.setdefault(row, {}).setdefault(metric, []).append(value)
