@@ -72,8 +72,7 @@ def vae(cfg, device):
                                 temperal_downsample=config["temporal"], is_residual=True, in_channels=12,
                                 out_channels=12, patch_size=2, scale_factor_spatial=16,
                                 latents_mean=config["latent_mean"], latents_std=config["latent_std"]).to(device).eval()
-        state = {k: v for k, v in peer.state_dict().items()}
-        common.save_weights("out/bench_vae.safetensors", state, {})
+        common.save_weights("out/bench_vae.safetensors", peer, {})
         common.load_weights(ours, "out/bench_vae.safetensors")
         video = torch.rand(1, 3, 17, 128, 128, device=device) * 2 - 1
         mean, std = ours.stats(video)
@@ -143,6 +142,7 @@ def main():
         raise common.InputError(f"--only={cfg.only}: expected all, {', '.join(parts)}")
     device, _, _ = common.setup(cfg.device)
     common.make_dir("out")
+    torch.backends.cudnn.allow_tf32 = False        # fp32 means fp32 where results are compared
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads")
     for name, part in parts.items():
         if cfg.only in ("all", name):

@@ -4,10 +4,12 @@ seeds, checkpoints, media files. Nothing here knows about physics or networks.
 """
 import contextlib
 import dataclasses
+import datetime
 import inspect
 import json
 import math
 import os
+import pickle
 import random
 import re
 import signal
@@ -112,15 +114,16 @@ def setup(device="auto"):
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError):
         raise InputError(f"--device={device} is not usable here; expected auto, cuda, mps or cpu") from None
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and not dist.is_initialized():
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # one rank may simulate for a long time while the others wait for it
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=2))
     return device, rank, world
 
 
@@ -211,6 +214,8 @@ def atomic(path):
     tmp = os.path.join(folder, f".tmp{os.getpid()}.{name}")
     try:
         yield tmp
+        with open(tmp, "rb") as f:
+            os.fsync(f.fileno())                   # on the disk before it takes the old file's place
         os.chmod(tmp, 0o644)
         os.replace(tmp, path)
     except FileNotFoundError as error:
@@ -251,9 +256,15 @@ def git_commit():
 
 
 def start_run(cfg, rank, folder):
-    """Create out/<run>/ and write its config.json (with the git commit); -> folder."""
+    """Create out/<name>/ and write its config.json (with the git commit); -> folder.
+
+    A run that does not resume removes the states of an earlier one, so that no later --resume can pick them up."""
     if rank == 0:
         make_dir(folder)
+        if not cfg.resume:
+            for name in os.listdir(folder):
+                if re.fullmatch(r"state\d*\.safetensors", name):
+                    os.remove(f"{folder}/{name}")
         with atomic(f"{folder}/config.json") as tmp, open(tmp, "w") as f:
             json.dump(dataclasses.asdict(cfg) | {"git_commit": git_commit(), "argv": sys.argv}, f, indent=1)
     if dist.is_initialized():
@@ -301,12 +312,22 @@ def read_weights(path):
         raise InputError(f"{path} does not exist")
     try:
         if path.endswith((".pth", ".pt")):
-            return torch.load(path, map_location="cpu", weights_only=True), {}
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+            if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
+                raise ValueError("it is no dict of tensors")
+            return tensors, {}
         with safe_open(path, "pt") as f:
             return {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {}).get("config", "{}"))
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
         raise InputError(f"{path} is not a readable weight file (truncated, or another format): "
                          f"{str(error).splitlines()[0]}") from None
+
+
+def fingerprint(*modules):
+    """A short string that changes when any weight does: which networks made a file of latents or pairs."""
+    tensors = [t for m in modules if m is not None for t in m.state_dict().values()]
+    total = [t.detach().cpu().double().abs().sum().item() for t in tensors]
+    return f"{seed_of(','.join(f'{x:.9e}' for x in total)):016x}"
 
 
 def load_weights(module, path, rename=None):
@@ -347,7 +368,9 @@ def save_state(path, step, modules, optimizer):
 
 @torch.no_grad()
 def load_state(path, modules, optimizer):
-    """The inverse of save_state, in place; -> step."""
+    """The inverse of save_state, in place; -> step, 0 if there is none yet. Raises InputError if it misfits."""
+    if not os.path.exists(path):
+        return 0
     tensors, config = read_weights(path)
     if "step" not in config:
         raise InputError(f"{path} is not a training state; expected a state.safetensors of a run folder")
@@ -399,9 +422,8 @@ def read_image(path, size):
             if not (16 <= w <= 8192 and 16 <= h <= 8192):
                 raise InputError(f"{path} is {w}x{h} pixels; expected sides of 16 to 8192")
             image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I") or image.mode == "F":                        # 16-bit grey: scale, do not clip
-                grey = np.asarray(image, np.float32)
-                image = Image.fromarray((grey / max(grey.max(), 255) * 255).round().astype(np.uint8))
+            if image.mode.startswith("I") or image.mode == "F":                        # 16 bits of grey to 8
+                image = Image.fromarray((np.asarray(image, np.float32) / 257).clip(0, 255).round().astype(np.uint8))
             image = image.convert("RGBA")
     except InputError:
         raise

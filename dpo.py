@@ -97,7 +97,7 @@ class Policy(nn.Module):
 # preference pairs
 
 @torch.no_grad()
-def chaos_weights(scene, path, frames, fps, sims=4, parser_noise=0.25):
+def chaos_weights(scene, path, frames, fps, start=0, sims=4, parser_noise=0.25):
     """How much a frame may say about each body (B, T, N): 1 / (spread of jittered re-simulations + parser noise), 1/px.
 
     Half a pixel and five degrees cannot be seen in the first frame. Where they decide what happens, so late after a
@@ -105,7 +105,7 @@ def chaos_weights(scene, path, frames, fps, sims=4, parser_noise=0.25):
     center, _ = simdata.project(path["position"], scene["camera"])                                  # (B, T, N, 2)
     spread = 0
     for i in range(sims):
-        draw = simdata.Draws("train", 10**6 + i, torch.arange(len(center)))
+        draw = simdata.Draws("train", 10**6 + i, torch.arange(start, start + len(center)))
         again = simdata.simulate(simdata.jitter(scene, scene["camera"], draw), frames, fps, scene["gravity"])
         spread = spread + (simdata.project(again["position"], scene["camera"])[0] - center).square().sum(-1)
     return 1 / ((spread / sims).sqrt() + parser_noise)
@@ -113,35 +113,32 @@ def chaos_weights(scene, path, frames, fps, sims=4, parser_noise=0.25):
 
 def score(video, batch, weights):
     """Minus the weighted mean distance in px from found to true centroids of what falls -> (B,), higher is better."""
-    B, _, T, H, W = video.shape
-    N = batch["alive"].shape[1]
-    alpha = judge.parse(video, batch["video"][:, :, 0], batch["mask"][:, 0], N)
-    true = torch.stack([batch["mask"] == k + 1 for k in range(N)], 2)
-    found, want = judge.centroids(alpha), judge.centroids(true)                                     # (B, T, N, 2)
-    error = (found - want).norm(dim=-1)
-    error = torch.where(error.isfinite(), error, math.hypot(H, W))                   # vanished: as wrong as can be
-    area = true.sum((-2, -1))
-    w = weights * (area >= 0.5 * area.amax(1, keepdim=True).clamp_min(8)) * batch["falls"][:, None]
-    w = torch.where(want.isfinite().all(-1), w, 0.0)
-    w[:, 0] = 0
-    return -(torch.nan_to_num(error) * w).sum((1, 2)) / w.sum((1, 2)).clamp_min(1e-6)
+    _, _, found, true, counts = judge.tracks(video, batch)
+    w = weights * counts
+    error = judge.distance(found, torch.nan_to_num(true), math.hypot(*video.shape[3:]))
+    return -(error * w).sum((1, 2)) / w.sum((1, 2)).clamp_min(1e-6)
+
+
+def pair_stamp(cfg, models):
+    """What simulated pairs depend on; pairs from elsewhere only need the same VAE."""
+    return {"vae": common.fingerprint(models.vae), "policy": common.fingerprint(models.dit, models.encoder),
+            "candidates": cfg.candidates, "margin": cfg.margin, "sampler_steps": cfg.sampler_steps}
 
 
 @torch.no_grad()
 def make_pairs(cfg, models, device, rank, world):
     """Fill cfg.pool with shards of pairs, every rank its own; a killed run goes on with the next missing shard."""
     common.make_dir(cfg.pool)
-    stamp = {"vae": float(next(iter(models.vae.state_dict().values())).double().sum()), "seed": cfg.seed,
-             "candidates": cfg.candidates, "margin": cfg.margin}
-    shards = range(math.ceil(cfg.pairs / SHARD))
-    missing = [s for s in shards if not os.path.exists(f"{cfg.pool}/{s:04d}.safetensors")]
-    for s in tqdm(missing[rank::world], desc=f"pairs, shards of {SHARD} scenes", disable=rank > 0):
+    stamp = pair_stamp(cfg, models)
+    missing = [s for s in range(math.ceil(cfg.pairs / SHARD))[rank::world]
+               if not os.path.exists(f"{cfg.pool}/{s:04d}.safetensors")]
+    for s in tqdm(missing, desc=f"pairs, shards of {SHARD} scenes", disable=rank > 0 or not missing):
         count, start = min(SHARD, cfg.pairs - s * SHARD), s * SHARD
         scenario = list(simdata.SCENARIOS)[s % len(simdata.SCENARIOS)]
-        seed = cfg.seed + 1_000_000                # training scenes that Stage I has not seen
+        seed = 1                                   # training scenes that Stage I, with seed 0, has not seen
         batch = simdata.make_batch(scenario, count, seed, "train", start=start)
         scene, _ = simdata.make_scene(scenario, count, seed, "train", start=start)
-        weights = chaos_weights(scene, batch, batch["video"].shape[2], 16)
+        weights = chaos_weights(scene, batch, batch["video"].shape[2], 16, start)
         image, text = batch["video"][:, :, 0], M.bytes_to_tokens(batch["caption"])
         latents, scores = [], []
         with common.autocast(device):
@@ -175,12 +172,15 @@ def make_pairs(cfg, models, device, rank, world):
 def load_pairs(cfg, models, rank):
     """All shards of cfg.pool -> dict of tensors, a pair a row. Raises InputError when they do not belong together."""
     names = sorted(f[:-len(".safetensors")] for f in os.listdir(cfg.pool) if f.endswith(".safetensors"))
-    vae, parts, lines = float(next(iter(models.vae.state_dict().values())).double().sum()), [], []
+    stamp, parts, lines = pair_stamp(cfg, models), [], []
     for name in names:
         tensors, made = common.read_weights(f"{cfg.pool}/{name}.safetensors")
-        if made.get("vae", vae) != vae:
-            raise common.InputError(f"{cfg.pool}/{name}.safetensors was made with another VAE; delete {cfg.pool} "
-                                    "or choose another --pool")
+        for key in made.keys() & stamp.keys():     # pairs from elsewhere carry only what they know
+            if made[key] != stamp[key]:
+                raise common.InputError(f"{cfg.pool}/{name}.safetensors was made with another {key}; delete {cfg.pool} "
+                                        "or choose another --pool")
+        if not os.path.exists(f"{cfg.pool}/{name}.jsonl"):
+            raise common.InputError(f"{cfg.pool}/{name}.jsonl is missing; it belongs to {name}.safetensors")
         with open(f"{cfg.pool}/{name}.jsonl") as f:
             notes = [json.loads(line) for line in f]
         if len(notes) != len(tensors["winner"]):
@@ -191,16 +191,16 @@ def load_pairs(cfg, models, rank):
         raise common.InputError(f"{cfg.pool} holds no pairs: every margin was under --margin={cfg.margin}; lower it, "
                                 "or raise --candidates")
     if rank == 0:
-        w, l = (torch.tensor([line[k] for line in lines]) for k in ("winner_score", "loser_score"))
-        print(f"{len(lines)} pairs; distance to the truth in px, chaos-weighted: "
-              f"winners {-w.mean():.2f}, losers {-l.mean():.2f}")
+        w, l = (torch.tensor([line[k] for line in lines if k in line]) for k in ("winner_score", "loser_score"))
+        print(f"{len(lines)} pairs; chaos-weighted distance to the truth in px: winners {-w.mean():.2f}, "
+              f"losers {-l.mean():.2f}")
     return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # one stage: the same loop, only what is trained differs
 
-def train(cfg, stage, models, pairs, folder, device, rank, world):
+def train(cfg, stage, models, pairs, folder, stop, device, rank, world):
     """Stage 2 trains the DiT's LoRA, stage 3 the physical head; everything else is frozen. -> True if stopped."""
     dit, encoder = models.dit, models.encoder
     head = encoder.head if encoder is not None else None
@@ -220,7 +220,7 @@ def train(cfg, stage, models, pairs, folder, device, rank, world):
     optimizer = torch.optim.AdamW(trained.values(), lr=peak, betas=(0.9, 0.98), weight_decay=0.0)
     log, state = f"{folder}/metrics{stage}.jsonl", f"{folder}/state{stage}.safetensors"
     parts = {"model": trained, "reference": reference}
-    start = common.load_state(state, parts, optimizer) if cfg.resume and os.path.exists(state) else 0
+    start = common.load_state(state, parts, optimizer) if cfg.resume else 0
     if rank == 0:
         common.trim_log(log, start)
         print(f"Stage {'I' * stage}: {sum(p.numel() for p in trained.values()):,} trained parameters, "
@@ -232,7 +232,8 @@ def train(cfg, stage, models, pairs, folder, device, rank, world):
         raw.eval()
         for i in range(rank * 16, cfg.eval_clips, world * 16):
             count = min(16, cfg.eval_clips - i)
-            batch = simdata.make_batch("drop", count, 0, "val", start=i)
+            scenario = list(simdata.SCENARIOS)[i // 16 % len(simdata.SCENARIOS)]
+            batch = simdata.make_batch(scenario, count, 0, "val", start=i)
             video = sample.generate(models, batch["video"][:, :, 0].to(device), batch["caption"],
                                     [("val", i + j) for j in range(count)], steps=cfg.sampler_steps).cpu()
             value = judge.measure(video, batch, detail=False)["traj_l2"]
@@ -244,10 +245,10 @@ def train(cfg, stage, models, pairs, folder, device, rank, world):
     def report(step):
         value = outcome()
         if rank == 0:
-            common.log_line(log, {"step": step, "val_traj_l2": value})
+            common.log_line(log, {"step": max(step - 1, 0), "val_traj_l2": value})
             bar.write(f"stage {stage}, step {step}: val traj_l2 {value:.4f}")
 
-    stop, began = common.Stop(), time.time()
+    began = time.time()
     bar = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, disable=rank > 0, desc=f"stage {stage}")
     if start == 0:
         report(0)
@@ -303,14 +304,15 @@ def train(cfg, stage, models, pairs, folder, device, rank, world):
         else:
             common.save_weights(f"{folder}/head3.safetensors", head, encoder.config, torch.bfloat16)
         print(f"wrote {folder}/{'lora2' if stage == 2 else 'head3'}.safetensors")
-    return False
+    return stop.agreed(device)
 
 
 def main():
     cfg = common.parse_config(Config, sys.argv[1:], PRESETS)
     common.check_range(cfg, pairs=(1, 10**8), candidates=(2, 256), margin=(0, 1e3), beta=(1e-6, 1e7), sft=(0, 1e3),
                        rank=(1, 1024), alpha=(1, 4096), steps=(1, 10**7), batch=(1, 10**6), eval_clips=(1, 10**5),
-                       log_every=(1, 10**7), eval_every=(1, 10**7), sampler_steps=(1, 1000))
+                       log_every=(1, 10**7), eval_every=(1, 10**7), sampler_steps=(1, 1000), lr=(0, 1),
+                       lr_head=(0, 1), warmup=(0, 10**7), shift=(0.01, 100))
     if cfg.stages not in ("2", "3", "2,3"):
         raise common.InputError(f"--stages={cfg.stages}: expected 2, 3 or 2,3")
     device, rank, world = common.setup(cfg.device)
@@ -323,10 +325,11 @@ def main():
     folder = common.start_run(cfg, rank, f"out/{cfg.name}")
     make_pairs(cfg, models, device, rank, world)
     pairs = load_pairs(cfg, models, rank)
+    stop = common.Stop()
     for stage in map(int, cfg.stages.split(",")):
         if stage == 3 and cfg.stages == "3":       # Stage III alone: Stage II's LoRA is on, in policy and reference
             models = sample.load_models(cfg.data, 2, device=device)
-        if train(cfg, stage, models, pairs, folder, device, rank, world):
+        if train(cfg, stage, models, pairs, folder, stop, device, rank, world):
             print("stopped; go on with --resume=True") if rank == 0 else None
             break
     if dist.is_initialized():

@@ -466,6 +466,8 @@ def main():
     device, rank, world = common.setup(cfg.device)
     if cfg.batch % world:
         raise InputError(f"--batch={cfg.batch} is no multiple of the {world} ranks")
+    if cfg.out:
+        common.check_writable(cfg.out)
     folder = common.start_run(cfg, rank, f"out/{cfg.name}")
     state, log = f"{folder}/state.safetensors", f"{folder}/metrics.jsonl"
     what = dict(rank=rank, resume=cfg.resume, seed=cfg.seed, size=cfg.size)

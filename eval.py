@@ -8,7 +8,7 @@ number means (truth re-parsed, VAE round trip, jittered truth, static, teleport)
 
 The parser knows the first frame and its masks, never the truth's future; its own error is the row "truth re-parsed".
 Metrics that PISA (2503.09595), phyworld (2411.02385) or Physics-IQ (2501.09038) define keep their definition; the
-others are defined where they are computed. Times are frames, lengths pixels, `traj_l2` and PISA's over the diagonal.
+others are defined where they are computed. Times are seconds, lengths pixels, `traj_l2` and PISA's over the diagonal.
 """
 import json
 import math
@@ -103,7 +103,9 @@ def pisa(pred, true):
 
 
 def _motion(video):
-    """Physics-IQ's motion masks of videos (B, 3, T, H, W) in [-1, 1] -> bool (B, T, H, W); the first is empty."""
+    """Physics-IQ's motion masks of videos (B, 3, T, H, W) in [-1, 1] -> bool (B, T, H, W); the first is empty.
+
+    Theirs are then shrunk to a quarter; at 64 px that would leave nothing, so ours keep their size."""
     grey = (video.float() + 1) * 127.5
     grey = (grey * torch.tensor([0.299, 0.587, 0.114], device=video.device).view(1, 3, 1, 1, 1)).sum(1)  # (B, T, H, W)
     g = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0], device=video.device) / 16            # OpenCV's 5-tap Gaussian
@@ -113,9 +115,9 @@ def _motion(video):
     erode = lambda m: -dilate(-m)
     background, masks = grey[:, 0], [torch.zeros_like(grey[:, 0], dtype=torch.bool)]
     for t in range(1, grey.shape[1]):
+        background = 0.7 * background + 0.3 * grey[:, t]                             # updated first, as theirs is
         moving = ((grey[:, t] - background).abs() > 10).float()[:, None]
         masks.append(erode(dilate(dilate(erode(moving))))[:, 0] > 0.5)               # open, then close
-        background = 0.7 * background + 0.3 * grey[:, t]
     return torch.stack(masks, 1)
 
 
@@ -142,7 +144,7 @@ def phases(batch, fps):
     v = batch["velocity"]
     time = torch.arange(v.shape[1], device=v.device) / fps
     free = batch["gravity"][:, None, None] * time[None, :, None, None]
-    touched = ((v - free).norm(dim=-1) > 0.05).cummax(1).values                      # left the ballistic path
+    touched = ((v - v[:, :1] - free).norm(dim=-1) > 0.05).cummax(1).values             # left the ballistic path
     still = (v.norm(dim=-1) < 0.05) & (batch["angular_velocity"].norm(dim=-1) < 0.3) & touched
     rest = still.flip(1).int().cummin(1).values.flip(1).bool()                       # and stays so to the end
     return ~touched, touched & ~rest, rest
@@ -151,8 +153,8 @@ def phases(batch, fps):
 def laws(track, flight):
     """Of vertical tracks y (K, T), pixels down, and flight (K, T) bool (true before the first contact) ->
 
-    g (K,) px/frame^2, a quadratic fit to the flight; contact (K,) frames, when the fall first turns, by parabola
-    through the lowest frame; bounce (K,), the largest upward speed after it over the largest downward before it."""
+    g (K,) px/frame^2, a quadratic fit to the flight; contact (K,) frames, the first in which the fall has
+    lost half its speed; bounce (K,), the largest upward speed just after it over the largest downward before it."""
     K, T = track.shape
     t = torch.arange(T, dtype=torch.float64, device=track.device)
     w = (flight & track.isfinite()).double()
@@ -172,25 +174,34 @@ def laws(track, flight):
     return g.float(), contact, torch.where(contact.isfinite() & (down > 1), up / down.clamp_min(1e-6), torch.nan)
 
 
+def tracks(video, batch):
+    """Where bodies are and should be. -> found, true masks (B, T, N, H, W) bool, their centres (B, T, N, 2) in pixels,
+    and counts (B, T, N): the dropped bodies' frames that are judged.
+
+    Frame 0 is given, and what is mostly hidden or out of view has no position that a picture could show."""
+    N, mask = batch["alive"].shape[1], batch["mask"]
+    alpha = parse(video, batch["video"][:, :, 0], mask[:, 0], N)                                    # (B, T, N, H, W)
+    true = torch.stack([mask == k + 1 for k in range(N)], 2)                                        # (B, T, N, H, W)
+    area = true.sum((-2, -1))
+    counts = (area >= 0.5 * area.amax(1, keepdim=True).clamp_min(8)) & batch["falls"][:, None]
+    counts[:, 0] = False
+    return alpha > 0.5, true, centroids(alpha), centroids(true), counts
+
+
+def distance(c, c_true, diagonal):
+    """Distance of centres (..., 2) in pixels; a body that was not found is as wrong as can be: the image's diagonal."""
+    return torch.where(c.isfinite().all(-1), (c - c_true).norm(dim=-1), diagonal).clamp_max(diagonal)
+
+
 def measure(video, batch, fps=16, detail=True):
     """Every metric of every clip: video (B, 3, T, H, W) against a make_batch dict -> {metric: (B,), NaN = undefined}.
 
     detail=False: only traj_l2, for choosing among many samples."""
     B, _, T, H, W = video.shape
-    N, diagonal = batch["alive"].shape[1], math.hypot(H, W)
-    image, mask = batch["video"][:, :, 0], batch["mask"]
-    alpha = parse(video, image, mask[:, 0], N)                                                      # (B, T, N, H, W)
-    found = alpha > 0.5
-    true = torch.stack([mask == k + 1 for k in range(N)], 2)                                        # (B, T, N, H, W)
+    N, mask, diagonal = batch["alive"].shape[1], batch["mask"], math.hypot(H, W)
+    found, true, c, c_true, counts = tracks(video, batch)
     area, true_area = found.sum((-2, -1)), true.sum((-2, -1))                                       # (B, T, N)
-    c, c_true = centroids(alpha), centroids(true)                                                   # (B, T, N, 2)
-    falls = batch["falls"][:, None]
-    # what is mostly hidden or out of view has no position that a picture could show
-    seen = true_area >= 0.5 * true_area.amax(1, keepdim=True).clamp_min(8)
-    counts = seen & falls
-    counts[:, 0] = False                           # frame 0 is given
-    error = (c - c_true).norm(dim=-1) / diagonal
-    error = torch.where(c.isfinite().all(-1) & (area > 0), error, 1.0).clamp_max(1)  # a missing body costs the maximum
+    error = distance(c, c_true, diagonal) / diagonal
 
     def mean(x, where):                            # over frames and bodies of each clip, NaN if there are none
         n = where.flatten(1).sum(1)
@@ -217,7 +228,8 @@ def measure(video, batch, fps=16, detail=True):
     for name in ("l2", "chamfer", "iou"):
         out[f"pisa_{name}"] = torch.stack([torch.tensor([d[name] for d in clip]).nanmean() for clip in three])
     union = (found | true).sum((-2, -1))
-    out["iou_visible"] = mean((found & true).sum((-2, -1)) / union.clamp_min(1), seen & batch["alive"][:, None])
+    seen = (true_area >= 0.5 * true_area.amax(1, keepdim=True).clamp_min(8)) & batch["alive"][:, None]
+    out["iou_visible"] = mean((found & true).sum((-2, -1)) / union.clamp_min(1), seen)
 
     # laws: the same fit on the found and on the true track, so that perspective cancels
     which = batch["falls"].nonzero()
@@ -227,7 +239,10 @@ def measure(video, batch, fps=16, detail=True):
     track_true = pick(torch.where(known, c_true[..., 1], torch.nan))
     (g, when, bounce), (g_true, when_true, bounce_true) = laws(track, pick(flight)), laws(track_true, pick(flight))
     g_ratio = torch.where(pick(flight & counts).sum(1) >= 4, g / g_true, torch.nan)
-    contact = (when - when_true).abs() / fps
+    # where the truth has a contact and the video has none, the error is the largest there can be, never left out
+    lost = when_true.isfinite() & ~when.isfinite()
+    contact = torch.where(lost, (T - when_true) / fps, (when - when_true).abs() / fps)
+    rebound = torch.where(lost & bounce_true.isfinite(), 1.0, (bounce - bounce_true).abs())
 
     def spread(x):                                 # bodies back to clips: the mean over a clip's, NaN if none counts
         good = x.isfinite()
@@ -235,28 +250,28 @@ def measure(video, batch, fps=16, detail=True):
         n = torch.zeros(B, device=x.device).index_add_(0, which[:, 0], good.float())
         return torch.where(n > 0, total / n.clamp_min(1), torch.nan)
 
-    out |= dict(g_ratio=spread(g_ratio), restitution_error=spread((bounce - bounce_true).abs()),
+    out |= dict(g_ratio=spread(g_ratio), restitution_error=spread(rebound),
                 contact_time_error=spread(contact))
 
     # permanence, over the frames in which the truth shows the body
-    visible = counts.clone()
     ratio = area / true_area.clamp_min(1)
-    out["area_kept"] = mean(((ratio - 1).abs() <= 0.25).float(), visible)
-    out["vanish"] = mean((ratio < 0.25).float(), visible)
+    out["area_kept"] = mean(((ratio - 1).abs() <= 0.25).float(), counts)
+    out["vanish"] = mean((ratio < 0.25).float(), counts)
     ys, xs = torch.arange(H, device=c.device) + 0.5, torch.arange(W, device=c.device) + 0.5
     m = found.float()
     dx = (m.sum(-2) * (xs - border[..., :1]).square()).sum(-1) + (m.sum(-1) * (ys - border[..., 1:]).square()).sum(-1)
     # pixels of one disc lie area / 2 pi (squared) from its centre; two apart lie far more
-    out["duplicate"] = mean((dx / area.clamp_min(1) > 3 * area / (2 * math.pi) + 1).float(), visible & (area > 0))
+    out["duplicate"] = mean((dx / area.clamp_min(1) > 3 * area / (2 * math.pi) + 1).float(), counts & (area > 0))
     reach = lambda p: torch.nan_to_num((p - p[:, :1]).norm(dim=-1)).amax(1)                         # (B, N)
     frozen = (reach(torch.where(counts[..., None], c, c[:, :1]))
               < 0.2 * reach(torch.where(counts[..., None], c_true, c_true[:, :1])))
     out["freeze"] = mean(frozen.float(), batch["falls"] & counts.any(1))
 
-    out["psnr"] = -10 * ((video - batch["video"]) / 2)[:, :, 1:].square().mean((1, 2, 3, 4)).clamp_min(1e-10).log10()
-    inside_bodies = (mask > 0)[:, None].float()
-    out["psnr_bodies"] = -10 * ((((video - batch["video"]) / 2).square() * inside_bodies).sum((1, 2, 3, 4))
-                                / (3 * inside_bodies.sum((1, 2, 3, 4))).clamp_min(1)).clamp_min(1e-10).log10()
+    # frame 0 is given here, too
+    square, body = ((video - batch["video"]) / 2).square()[:, :, 1:], (mask[:, 1:] > 0)[:, None]
+    psnr = lambda e: -10 * e.clamp_min(1e-10).log10()
+    out["psnr"] = psnr(square.mean((1, 2, 3, 4)))
+    out["psnr_bodies"] = psnr((square * body).sum((1, 2, 3, 4)) / (3 * body.sum((1, 2, 3, 4))).clamp_min(1))
     gradient = lambda v: ((v[..., 1:] - v[..., :-1]).abs().mean((1, 2, 3, 4))
                           + (v[..., 1:, :] - v[..., :-1, :]).abs().mean((1, 2, 3, 4)))
     out["sharpness"] = gradient(video) / gradient(batch["video"])
@@ -273,7 +288,7 @@ def interval(values, statistic=None, draws=1000):
     """(n,) values, NaN left out -> dict(mean, low, high, n): the statistic and 95 % bootstrap interval over clips."""
     values = values[values.isfinite()]
     if not len(values):
-        return dict(mean=math.nan, low=math.nan, high=math.nan, n=0)
+        return dict(mean=None, low=None, high=None, n=0)
     statistic = statistic or (lambda x: x.mean(-1))
     index = torch.randint(len(values), (draws, len(values)), generator=common.generator("bootstrap", len(values)))
     low, high = statistic(values[index]).quantile(torch.tensor([0.025, 0.975]))
@@ -335,9 +350,10 @@ def table(result, columns=COLUMNS):
         for split, metrics in splits.items():
             cells = []
             for c in columns:
-                m = metrics.get(c, {"mean": math.nan, "low": math.nan, "high": math.nan})
+                m = metrics[c]
                 digits = 1 if c == "psnr" else 4 if c.startswith(("traj", "pisa_l2")) else 3
-                cells.append(f"{m['mean']:.{digits}f} ± {(m['high'] - m['low']) / 2:.{digits}f}")
+                half = (m["high"] - m["low"]) / 2 if m["n"] else 0
+                cells.append(f"{m['mean']:.{digits}f} ± {half:.{digits}f}" if m["n"] else "-")
             lines.append(f"| {row} | {split} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -348,6 +364,7 @@ class Config:
     stages: str = "1"               # which stages to evaluate, for example 1,2,3
     ckpt: str = ""                  # another DiT file instead of data/dit.safetensors
     head: str = ""                  # another physical head instead of data/head1.safetensors
+    scenario: str = "drop"          # a name in simdata.SCENARIOS
     split: str = "val"              # val or test
     n: int = 512                    # scenes per split (seen, and as many unseen)
     seed: int = 0                   # which scenes
@@ -362,6 +379,10 @@ class Config:
 def main():
     cfg = common.parse_config(Config, sys.argv[1:])
     common.check_range(cfg, n=(1, 10**6), steps=(1, 1000), best_of=(1, 64), chunk=(1, 4096))
+    if cfg.scenario not in simdata.SCENARIOS:
+        raise common.InputError(f"--scenario={cfg.scenario}: expected one of {', '.join(simdata.SCENARIOS)}")
+    if cfg.json:
+        common.check_writable(cfg.json)
     if cfg.split not in ("val", "test"):
         raise common.InputError(f"--split={cfg.split}: expected val or test")
     if not set(cfg.stages.split(",")) <= {"1", "2", "3"}:
@@ -371,7 +392,7 @@ def main():
               for s in cfg.stages.split(",")}
     result, clips = {}, {}
     for name, unseen in (("seen", False), ("unseen", True)):
-        clips[name] = evaluate(models, cfg.split, cfg.n, cfg.seed, unseen, best_of=cfg.best_of,
+        clips[name] = evaluate(models, cfg.split, cfg.n, cfg.seed, unseen, cfg.scenario, best_of=cfg.best_of,
                                references=cfg.references, chunk=cfg.chunk, steps=cfg.steps)
         for row, per_clip in clips[name].items():
             result.setdefault(row, {})[name] = summary(per_clip)
@@ -379,8 +400,7 @@ def main():
     for row in stages[1:]:                         # paired by scene: far tighter than two separate intervals
         for name in clips:
             a, b = clips[name][row], clips[name][stages[0]]
-            result.setdefault(f"{row} - {stages[0]}, paired", {})[name] = {
-                k: interval((a[k] - b[k]).float().cpu()) for k in a}
+            result.setdefault(f"{row} - {stages[0]}, paired", {})[name] = summary({k: a[k] - b[k] for k in a})
     print(table(result))
     if cfg.json:
         with common.atomic(cfg.json) as tmp, open(tmp, "w") as f:

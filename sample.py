@@ -39,7 +39,7 @@ def load_models(data="data", stage=1, ckpt="", head="", device="cpu"):
     """The shipped components, up to a stage: 1 is dit + head1, 2 adds lora2, 3 swaps in head3. -> Models, frozen.
 
     ckpt, head: other files for the DiT and the physical head. Raises InputError if a file is missing or foreign."""
-    from encoder import load_phys_encoder          # imported late: bad input is refused without waiting for torch.nn
+    from encoder import load_phys_encoder          # late: a wrong flag is refused without loading networks
     from model import VideoDiT, add_lora, load_lora, merge_lora
     from vae import load_vae
     ckpt = ckpt or f"{data}/dit.safetensors"
@@ -144,8 +144,7 @@ def main():
                          [cfg.seed + i for i in range(cfg.n)], cfg.frames, cfg.steps, cfg.shift, cfg.cfg, cfg.solver,
                          progress=lambda done, total: bar.update(1))
     sampled = time.time()
-    columns = min(cfg.n, 4 if cfg.n > 4 else cfg.n)
-    common.write_video(out, common.grid([common.to_uint8(v) for v in video], columns), fps=16, scale=cfg.scale)
+    common.write_video(out, common.grid([common.to_uint8(v) for v in video], min(cfg.n, 4)), fps=16, scale=cfg.scale)
     print(f"prompt: {prompt or '(none)'}")
     print(f"wrote {out}: {cfg.frames} frames, stage {cfg.stage}, "
           f"seed {cfg.seed}{f' to {cfg.seed + cfg.n - 1}' if cfg.n > 1 else ''} "

@@ -1,7 +1,7 @@
 """
 Stage I: supervised fine-tuning of the DiT and the physical head on ground-truth clips, by flow matching.
 
-    python sft.py                                    # the shipped model: about 55 minutes on two CPU cores
+    python sft.py                                    # the shipped model: about 45 minutes on two CPU cores
     python sft.py --preset=taste                     # 10 minutes, and things visibly fall
     python sft.py --phys=False --name=sft_plain      # without the encoder
     torchrun --nproc_per_node=8 sft.py --batch=512 --lr=2e-3
@@ -57,7 +57,7 @@ class Config:
     device: str = "auto"            # auto, cuda, mps or cpu
 
 
-PRESETS = {"nano": {}, "taste": dict(name="taste", pool="out/pool_taste", clips=1536, steps=800, eval_every=400)}
+PRESETS = {"nano": {}, "taste": dict(name="taste", pool="out/pool_taste", clips=1536, steps=550, eval_every=275)}
 SHARD = 512                                        # clips simulated and encoded at a time
 
 
@@ -68,27 +68,28 @@ SHARD = 512                                        # clips simulated and encoded
 def make_pool(cfg, vae, device, rank, world):
     """Fill cfg.pool with shards -> dict(latent (N, C, 1+k, h, w) bf16, image (N, 3, H, W) uint8, text (N, 128))."""
     common.make_dir(cfg.pool)
-    shards = [(s, f"{cfg.pool}/{s:04d}.safetensors") for s in range(math.ceil(cfg.clips / SHARD))]
-    missing = [s for s, path in shards if not os.path.exists(path)]
-    # latents of another VAE would train without complaint and sample noise, so the pool remembers which one made it
-    stamp = {"vae": float(next(iter(vae.state_dict().values())).double().sum()), "seed": cfg.seed}
-    for s, path in tqdm([shards[i] for i in missing[rank::world]], desc="pool, shards of 512", disable=rank > 0):
+    names, shards = list(simdata.SCENARIOS), []    # (path, what it holds): latents of another VAE would train as well,
+    for s in range(math.ceil(cfg.clips / SHARD)):  # and then sample noise, so a shard remembers where it comes from
         count = min(SHARD, cfg.clips - s * SHARD)
-        scenario = list(simdata.SCENARIOS)[s % len(simdata.SCENARIOS)]
-        batch = simdata.make_batch(scenario, count, cfg.seed, "train", start=s * SHARD, truth=False)
-        video = torch.cat([batch["video"], batch["video"].flip(-1)])                 # the same laws hold in a mirror
+        shards.append((f"{cfg.pool}/{s:04d}.safetensors", dict(
+            vae=common.fingerprint(vae), scenario=names[s % len(names)], start=s * SHARD, count=count)))
+    missing = [shard for shard in shards[rank::world] if not os.path.exists(shard[0])]
+    for path, what in tqdm(missing, desc="pool, shards of 512", disable=rank > 0 or not missing):
+        batch = simdata.make_batch(what["scenario"], what["count"], 0, "train", start=what["start"], truth=False)
+        video = torch.cat([batch["video"], batch["video"].flip(-1)])         # a mirrored world obeys the same laws
         with common.autocast(device):
             latent = torch.cat([vae.encode(v.to(device)).to("cpu", torch.bfloat16) for v in video.split(16)])
         image = ((video[:, :, 0] + 1) * 127.5).round().byte()
         text = M.bytes_to_tokens(batch["caption"] * 2).short()
-        common.save_weights(path, dict(latent=latent, image=image, text=text), stamp)
+        common.save_weights(path, dict(latent=latent, image=image, text=text), what)
     if dist.is_initialized():
         dist.barrier()
-    parts = [common.read_weights(path) for _, path in shards]
-    for (_, path), (_, made) in zip(shards, parts):
-        if made != stamp:
-            raise common.InputError(f"{path} was made by another VAE or seed; delete {cfg.pool} "
-                                    "or choose another --pool")
+    parts = [common.read_weights(path) for path, _ in shards]
+    for (path, what), (_, made) in zip(shards, parts):
+        if made != what:
+            different = next(k for k in what if made.get(k) != what[k])
+            raise common.InputError(f"{path} was made with another {different}; delete {cfg.pool} or choose another "
+                                    "--pool")
     return {k: torch.cat([p[k] for p, _ in parts]) for k in ("latent", "image", "text")}
 
 
@@ -120,8 +121,8 @@ class StageOne(nn.Module):
 def main():
     cfg = common.parse_config(Config, sys.argv[1:], PRESETS)
     common.check_range(cfg, clips=(1, 10**8), steps=(1, 10**8), batch=(1, 10**6), accumulate=(1, 10**4), lr=(0, 1),
-                       drop_text=(0, 1), shift=(0.01, 100), ema=(0, 1), log_every=(1, 10**8), eval_every=(1, 10**8),
-                       eval_clips=(1, 10**4))
+                       warmup=(0, 10**8), weight_decay=(0, 1), shift=(0.01, 100), drop_text=(0, 1), ema=(0, 1),
+                       log_every=(1, 10**8), eval_every=(1, 10**8), eval_clips=(1, 10**4))
     device, rank, world = common.setup(cfg.device)
     if cfg.batch % (world * cfg.accumulate):
         raise common.InputError(f"--batch={cfg.batch} must be a multiple of ranks x accumulate "
@@ -133,7 +134,9 @@ def main():
 
     # the networks
     common.seed_everything(cfg.seed)
-    config = M.CONFIGS["nano"] | {"phys": cfg.phys}
+    config = common.read_weights(cfg.init_from)[1] if cfg.init_from else M.CONFIGS["nano"] | {"phys": cfg.phys}
+    if "num_layers" not in config:
+        raise common.InputError(f"--init_from={cfg.init_from} is not a DiT of ours; expected a dit.safetensors")
     dit, encoder = M.VideoDiT(config), None
     if cfg.phys:                                   # the head starts fresh; the backbone has seen depth and stays as is
         encoder = load_phys_encoder(f"{cfg.data}/backbone.safetensors", config={"out_dim": config["dim"]})
@@ -142,6 +145,8 @@ def main():
         head = os.path.join(os.path.dirname(cfg.init_from), "head1.safetensors")
         if cfg.phys and os.path.exists(head):
             common.load_weights(encoder.head, head)
+        if cfg.phys and not config["phys"]:        # a plain model learns to listen to the encoder
+            M.add_phys(dit)
     raw = StageOne(dit, encoder).to(device)
     model = DistributedDataParallel(raw) if world > 1 else raw
     ema = M.EMA(raw, cfg.ema)
@@ -164,14 +169,15 @@ def main():
             models = sample.Models(vae, encoder.eval() if encoder is not None else None, dit.eval())
             for start in range(rank * 8, cfg.eval_clips, world * 8):
                 count = min(8, cfg.eval_clips - start)
-                batch = simdata.make_batch("drop", count, 0, "val", start=start)
+                scenario = list(simdata.SCENARIOS)[start // 8 % len(simdata.SCENARIOS)]
+                batch = simdata.make_batch(scenario, count, 0, "val", start=start)
                 video = sample.generate(models, batch["video"][:, :, 0].to(device), batch["caption"],
                                         [("val", start + i) for i in range(count)]).cpu()
                 scores.append(judge.measure(video, batch, detail=False)["traj_l2"])
                 shown += [common.to_uint8(v) for pair in zip(batch["video"], video) for v in pair]
         raw.train()
         total = common.average(torch.tensor([sum(s.nansum().item() for s in scores),
-                                             float(sum(len(s) for s in scores))]), device)
+                                             float(sum(s.isfinite().sum() for s in scores))]), device)
         if rank == 0:
             common.write_image(f"{folder}/{step:06d}.png", common.sheet(shown[:16], every=2))
         return (total[0] / total[1]).item()
@@ -228,7 +234,7 @@ def main():
 
     if rank == 0 and done == cfg.steps:
         ema.copy_to(raw)
-        common.save_weights(f"{folder}/dit.safetensors", dit, config, torch.bfloat16)
+        common.save_weights(f"{folder}/dit.safetensors", dit, dit.config, torch.bfloat16)
         if cfg.phys:
             common.save_weights(f"{folder}/head1.safetensors", encoder.head, encoder.config, torch.bfloat16)
         print(f"wrote {folder}/dit.safetensors" + (f" and {folder}/head1.safetensors" if cfg.phys else ""))

@@ -47,11 +47,13 @@ class Draws:
         self.key = _mix(_mix(index * len(SPLITS) * 2 + SPLITS[split]) + seed)                       # (B,)
 
     def __call__(self, name, *shape):
+        if len(name.encode()) > 8:
+            raise ValueError(f"draw({name!r}): only eight letters of a name are used, so longer ones could coincide")
         n = math.prod(shape)
         word = int.from_bytes(name.encode().ljust(8, b"_")[:8], "little", signed=True)
         columns = _mix(torch.arange(n, device=self.key.device) + word)                              # (n,)
         bits = _mix(self.key[:, None] + columns) >> 40 & (1 << 24) - 1                              # 24 bits
-        return (bits.double() / 2**24).float().view(-1, *shape)
+        return (bits.float() / 2**24).view(-1, *shape)                               # exact: 24 bits fit
 
     def uniform(self, name, low, high, *shape):
         return low + (high - low) * self(name, *shape)
@@ -130,7 +132,7 @@ def drop(draw, unseen):
     N, A = 3, 24                                   # bodies, and attempts to place them: the first valid one is taken
     B, device = draw.key.shape[0], draw.key.device
 
-    count = (1 + (draw("count", 1) * torch.tensor([1.0], device=device) > 0.35)
+    count = (1 + (draw("count", 1) > 0.35)
              + (draw("count", 1) > 0.75).int())                                                     # (B, 1)
     shape = (draw("shape", N) < 0.5).long()
     material = (draw("material", N) * len(MATERIALS)).long()

@@ -459,6 +459,8 @@ def main():
     if cfg.batch % world or cfg.window % 4 != 1:
         raise common.InputError(f"--batch={cfg.batch} must be a multiple of the {world} ranks, "
                                 f"--window={cfg.window} must be 1 + 4k")
+    if cfg.out:
+        common.check_writable(cfg.out)
     folder = common.start_run(cfg, rank, f"out/{cfg.name}")
     out, log, state = cfg.out or f"{folder}/vae.safetensors", f"{folder}/metrics.jsonl", f"{folder}/state.safetensors"
     data = load_clips(cfg, rank, folder)
