@@ -2,7 +2,7 @@
 Stages II and III: direct preference optimisation of the DiT (LoRA) and then of the PhysEncoder's physical head, on
 pairs that the simulator judges, so that no human labels are needed.
 
-    python dpo.py                                 # pairs, Stage II, Stage III from data/: about 20 minutes on two cores
+    python dpo.py                                 # pairs, Stage II and Stage III, from the weights in data/
     python dpo.py --stages=2 --beta=500 --sft=0   # the paper's loss alone
     torchrun --nproc_per_node=8 dpo.py --pairs=8192 --steps=1000 --batch=256
 
