@@ -110,10 +110,10 @@ def dit(cfg, device):
         versus(f"DiT, nano width, batch {cfg.batch}, forward + backward, fp32", lambda: train(ours, x, t, text),
                lambda: train(peer, x, t * 1000, text), cfg, device)
     nano = M.VideoDiT(M.CONFIGS["nano"]).to(device)
-    B = cfg.batch
-    inputs = [torch.randn(B, 16, 6, 8, 8, device=device), M.bytes_to_tokens(["a red rubber ball falls"] * B).to(device),
-              torch.randn(B, 16, 1, 8, 8, device=device), torch.randn(B, 16, 256, device=device),
-              torch.rand(B, device=device), torch.randn(B, 16, 6, 8, 8, device=device)]
+    B, C = cfg.batch, nano.config["in_dim"]
+    inputs = [torch.randn(B, C, 6, 8, 8, device=device), M.bytes_to_tokens(["a red rubber ball falls"] * B).to(device),
+              torch.randn(B, C, 1, 8, 8, device=device), torch.randn(B, 16, 256, device=device),
+              torch.rand(B, device=device), torch.randn(B, C, 6, 8, 8, device=device)]
     for phys in (True, False):
         args = inputs if phys else [*inputs[:3], None, *inputs[4:]]
 

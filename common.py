@@ -94,7 +94,10 @@ def parse_config(config_class, argv, presets=None, positional=None):
     if preset is not None and preset not in presets:
         raise InputError(f"unknown preset {preset!r}; there are: {', '.join(presets)}")
     overrides = presets.get(preset, {})
-    return config_class(**overrides | {k: _convert(k, v, fields[k]) for k, v in given.items()})
+    config = config_class(**overrides | {k: _convert(k, v, fields[k]) for k, v in given.items()})
+    if "seed" in fields:
+        check_range(config, seed=(-2**63, 2**63 - 1))
+    return config
 
 
 def check_range(config, **ranges):
@@ -357,17 +360,18 @@ def load_weights(module, path, rename=None):
     return config
 
 
-def save_state(path, step, modules, optimizer):
-    """Everything a run needs to go on bit-exactly: {name: module or dict of tensors}, optimizer, step. No pickle."""
+def save_state(path, step, modules, *optimizers):
+    """Everything a run needs to go on bit-exactly: {name: module or dict of tensors}, optimizers, step. No pickle."""
     tensors = {f"{name}/{k}": v for name, m in modules.items()
                for k, v in (m.state_dict() if isinstance(m, torch.nn.Module) else m).items()}
-    for i, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer/{i}/{k}": v for k, v in state.items()}
+    for n, optimizer in enumerate(optimizers):
+        for i, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer{n}/{i}/{k}": v for k, v in state.items()}
     save_weights(path, tensors, {"step": step})
 
 
 @torch.no_grad()
-def load_state(path, modules, optimizer):
+def load_state(path, modules, *optimizers):
     """The inverse of save_state, in place; -> step, 0 if there is none yet. Raises InputError if it misfits."""
     if not os.path.exists(path):
         return 0
@@ -383,12 +387,13 @@ def load_state(path, modules, optimizer):
                 assert part.keys() == m.keys(), f"{name} has other keys"
                 for k, v in m.items():
                     v.copy_(part[k])
-        own, state = optimizer.state_dict(), {}
-        for key, value in tensors.items():
-            if key.startswith("optimizer/"):
-                _, i, k = key.split("/")
-                state.setdefault(int(i), {})[k] = value
-        optimizer.load_state_dict(own | {"state": state})
+        for n, optimizer in enumerate(optimizers):
+            state = {}
+            for key, value in tensors.items():
+                if key.startswith(f"optimizer{n}/"):
+                    _, i, k = key.split("/")
+                    state.setdefault(int(i), {})[k] = value
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
     except (RuntimeError, AssertionError, ValueError) as error:
         raise InputError(f"{path} belongs to another configuration: {str(error).splitlines()[0]}") from None
     return config["step"]

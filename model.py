@@ -30,7 +30,7 @@ from common import InputError
 # encoder (umT5), "bytes" brings its own small one. `phys`: whether the type embedding of physical tokens exists.
 WAN = dict(freq_dim=256, text="features", text_dim=4096, text_len=512, phys=False)
 CONFIGS = {
-    "nano": dict(in_dim=16, out_dim=16, dim=256, ffn_dim=960, num_heads=4, num_layers=6,
+    "nano": dict(in_dim=32, out_dim=32, dim=256, ffn_dim=960, num_heads=4, num_layers=6,
                  freq_dim=128, text="bytes", text_dim=128, text_len=32, phys=True),
     # Wan2.1-T2V-1.3B, Wan2.2-TI2V-5B, Wan2.1-T2V-14B
     "wan1.3b": WAN | dict(in_dim=16, out_dim=16, dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
@@ -164,7 +164,7 @@ class ByteText(nn.Module):
 
 def bytes_to_tokens(texts):
     """list of B strings -> LongTensor (B, 128) for a model with text="bytes": UTF-8 byte + 1, cut or padded with 0."""
-    codes = [[b + 1 for b in text.encode()[:BYTES]] for text in texts]
+    codes = [[b + 1 for b in text.encode(errors="replace")[:BYTES]] for text in texts]
     return torch.tensor([c + [0] * (BYTES - len(c)) for c in codes])
 
 

@@ -116,7 +116,7 @@ def main():
     if not cfg.image:
         raise InputError("which image? For example: python sample.py data/drop.png")
     common.check_range(cfg, n=(1, 64), frames=(5, 101), steps=(1, 1000), cfg=(0, 30), shift=(0.01, 100), stage=(1, 3),
-                       scale=(1, 16), seed=(-2**63, 2**63 - 1))
+                       scale=(1, 16))
     if cfg.frames % 4 != 1:
         k = cfg.frames // 4
         raise InputError(f"--frames={cfg.frames}: expected 1 + 4k, for example {max(5, 4 * k + 1)} or {4 * k + 5}")
@@ -138,6 +138,9 @@ def main():
 
     device, _, _ = common.setup(cfg.device)
     models = load_models(cfg.data, cfg.stage, cfg.ckpt, cfg.head, device)
+    from model import BYTES
+    if len(prompt.encode(errors="replace")) > BYTES:
+        print(f"the prompt is long: only its first {BYTES} bytes are read")
     loaded = time.time()
     with tqdm(total=cfg.steps, desc="sampling", unit="step") as bar:
         video = generate(models, image.to(device).expand(cfg.n, -1, -1, -1), [prompt] * cfg.n,

@@ -138,21 +138,21 @@ def drop(draw, unseen):
     material = (draw("material", N) * len(MATERIALS)).long()
     hues = torch.tensor([m[3] for m in MATERIALS.values()], dtype=torch.float32, device=device)[material]  # (B, N, 2)
     small = draw("small", N) < 0.5
-    size = torch.where(small, draw.uniform("size", 0.10, 0.12, N), draw.uniform("size", 0.20, 0.23, N)) if unseen \
-        else draw.uniform("size", 0.13, 0.19, N)
+    size = torch.where(small, draw.uniform("size", 0.13, 0.155, N), draw.uniform("size", 0.245, 0.27, N)) if unseen \
+        else draw.uniform("size", 0.17, 0.23, N)
     aspect = draw.uniform("aspect", 0.65, 1.0, N, 3)
     half_extents = size[..., None] * torch.where(shape[..., None] == 0, torch.ones_like(aspect), aspect * 0.95)
     bound = torch.where(shape == 0, size, half_extents.norm(dim=-1))                                # (B, N)
 
     low = draw("low", A, N) < 0.5
-    height = torch.where(low, draw.uniform("height", 0.15, 0.3, A, N), draw.uniform("height", 1.2, 1.35, A, N)) \
+    height = torch.where(low, draw.uniform("height", 0.15, 0.3, A, N), draw.uniform("height", 1.2, 1.3, A, N)) \
         if unseen else draw.uniform("height", 0.3, 1.2, A, N)
     falls = draw("falls", A, N) < 0.5
     falls[..., 0] = True                           # the first body always falls
     spot = draw("spot", A, N, 2) * torch.tensor([1.2, 0.5], device=device) - torch.tensor([0.6, 0.25], device=device)
     near = draw("near", A, N, 1) < 0.6             # the others often near it, so that things do meet
     near[..., 0, :] = False
-    offset = (draw("offset", A, N, 2) * 2 - 1) * torch.tensor([0.28, 0.12], device=device)
+    offset = (draw("offset", A, N, 2) * 2 - 1) * torch.tensor([0.35, 0.15], device=device)
     spot = torch.where(near, (spot[..., :1, :] + offset).clamp(-0.65, 0.65), spot)                  # (B, A, N, 2)
     tumbled, upright = random_quat(draw("tumbled", A, N, 3)), yaw_quat(draw("yaw", A, N) * 2 * math.pi)
     rotation = torch.where((falls & (shape == 1)[:, None])[..., None], tumbled, upright)
@@ -192,7 +192,7 @@ def look(draw, size):
     axes = torch.stack([right, cross(forward, right), forward], 1)                   # rows: x right, y down, z forward
     extrinsics = torch.eye(4, device=device).repeat(len(eye), 1, 1)
     extrinsics[:, :3, :3], extrinsics[:, :3, 3] = axes, -rotate(axes, eye)
-    focal = size * draw.uniform("focal", 1.75, 1.9)
+    focal = size * draw.uniform("focal", 1.7, 1.8)
     intrinsics = torch.zeros(len(eye), 3, 3, device=device)
     intrinsics[:, 0, 0] = intrinsics[:, 1, 1] = focal
     intrinsics[:, 0, 2] = intrinsics[:, 1, 2] = size / 2                             # pixel centres at +0.5
@@ -205,7 +205,7 @@ def look(draw, size):
     return dict(camera=dict(intrinsics=intrinsics, world_to_camera=extrinsics), eye=eye, light=light,
                 ambient=draw.uniform("ambient", 0.4, 0.55),
                 floor=dict(tile=torch.full_like(pitch, TILE), yaw=draw("tileyaw") * math.pi / 2, color_a=tile_a,
-                           color_b=tile_a * draw.uniform("contrast", 0.72, 0.88)[:, None],
+                           color_b=tile_a * draw.uniform("contrast", 0.8, 0.9)[:, None],
                            wall_color=draw.uniform("wall", 0.45, 0.9)[:, None] * pale("tint2"),
                            wall_y=draw.uniform("wally", 1.4, 2.2)))
 

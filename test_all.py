@@ -547,8 +547,8 @@ def test_dpo_starts_at_ln_2_and_pulls_the_right_way():
     g = common.generator("dpo")
     r = lambda *s: torch.randn(*s, generator=g)
     features = encoder.features(torch.rand(3, 3, 64, 64, generator=g) * 2 - 1)
-    inputs = (*features, r(3, 16, 1, 8, 8), r(3, 16, 6, 8, 8), r(3, 16, 6, 8, 8),
-              M.bytes_to_tokens(["a ball"] * 3), torch.rand(3, generator=g), r(3, 16, 6, 8, 8))
+    image, clip = r(3, dit.config["in_dim"], 1, 8, 8), lambda: r(3, dit.config["in_dim"], 6, 8, 8)
+    inputs = (*features, image, clip(), clip(), M.bytes_to_tokens(["a ball"] * 3), torch.rand(3, generator=g), clip())
     err_w, err_l = policy(*inputs)
     with torch.no_grad():
         ref_w, ref_l = torch.func.functional_call(policy, reference, inputs)
@@ -761,8 +761,9 @@ net = sft.StageOne(M.VideoDiT(M.CONFIGS["nano"] | dict(num_layers=1)),
 with torch.no_grad():
     net.dit.head.head.weight.normal_(std=0.05)
 g = common.generator("batch")
-batch = (torch.randn(4, 16, 7, 8, 8, generator=g), torch.rand(4, 3, 64, 64, generator=g),
-         M.bytes_to_tokens(["a", "b", "c", "d"]), torch.rand(4, generator=g), torch.randn(4, 16, 6, 8, 8, generator=g))
+C = M.CONFIGS["nano"]["in_dim"]
+batch = (torch.randn(4, C, 7, 8, 8, generator=g), torch.rand(4, 3, 64, 64, generator=g),
+         M.bytes_to_tokens(["a", "b", "c", "d"]), torch.rand(4, generator=g), torch.randn(4, C, 6, 8, 8, generator=g))
 n = 4 // world
 run = DistributedDataParallel(net) if world > 1 else net
 run(*(x[rank * n:(rank + 1) * n] for x in batch)).mean().backward()

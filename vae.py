@@ -34,8 +34,8 @@ import common
 # temporal: which of those halvings also halve T; residual: nested stages with parameter-free shortcuts (Wan 2.2).
 CONFIGS = {
     "nano": dict(
-        dim=16, decoder_dim=32, z_dim=16, mult=[1, 2, 4], temporal=[True, True], blocks=1, decoder_blocks=1,
-        patch=2, residual=True, latent_mean=[0.0] * 16, latent_std=[1.0] * 16),            # measured after training
+        dim=16, decoder_dim=32, z_dim=32, mult=[1, 2, 4], temporal=[True, True], blocks=1, decoder_blocks=1,
+        patch=2, residual=True, latent_mean=[0.0] * 32, latent_std=[1.0] * 32),            # measured after training
     "wan2.1": dict(
         dim=96, decoder_dim=96, z_dim=16, mult=[1, 2, 4, 4], temporal=[False, True, True], blocks=2, decoder_blocks=3,
         patch=1, residual=False,
@@ -348,7 +348,7 @@ def load_vae(path, config=None, device="cpu"):
 class Config:
     name: str = "vae"               # the run's folder under out/
     out: str = ""                   # where the weights go; empty: out/<name>/vae.safetensors
-    clips: int = 3000               # training clips, simulated once and kept in memory (0.4 MB each)
+    clips: int = 2000               # training clips, simulated once and kept in memory (0.4 MB each)
     val_clips: int = 64             # held-out clips
     steps: int = 5000               # optimizer steps; the learning rate follows a cosine over them
     max_minutes: float = 0.0        # stop after this long (0: never); --resume=True --steps=N then anneals and finishes
