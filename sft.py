@@ -54,7 +54,6 @@ class Config:
     eval_clips: int = 32            # val clips that are sampled then
     seed: int = 0                   # of weights, order, noise
     compile: bool = False           # torch.compile: 1.3x faster after a minute or two, needs a C++ compiler
-    adam: bool = False
     resume: bool = False            # go on from out/<name>/state.safetensors
     device: str = "auto"            # auto, cuda, mps or cpu
 
@@ -155,15 +154,13 @@ def main():
     model = DistributedDataParallel(raw) if world > 1 else raw
     ema = M.EMA(raw, cfg.ema)
     trained = {k: p for k, p in raw.named_parameters() if p.requires_grad}
-    # Muon moves every direction of a matrix alike; what is no matrix inside a block stays with AdamW. Scaled so, both
-    # take the same learning rate and decay.
-    matrices = [p for k, p in trained.items() if "blocks." in k and p.ndim == 2 and not cfg.adam]
-    others = [p for p in trained.values() if not any(p is m for m in matrices)]
-    optimizers = [torch.optim.AdamW([dict(params=[p for p in others if p.ndim > 1], weight_decay=cfg.weight_decay),
-                                     dict(params=[p for p in others if p.ndim < 2], weight_decay=0.0)],
-                                    lr=cfg.lr, betas=(0.9, 0.98), fused=True)]
-    if not cfg.adam:
-        optimizers.append(torch.optim.Muon(matrices, lr=cfg.lr, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw"))
+    # Muon for the matrices inside the blocks, AdamW for what enters, leaves, shifts and scales
+    inner = {k for k, p in trained.items() if ".blocks." in k and p.ndim == 2}
+    rest = [p for k, p in trained.items() if k not in inner]
+    optimizers = [common.Muon([trained[k] for k in sorted(inner)], cfg.lr, cfg.weight_decay),
+                  torch.optim.AdamW([dict(params=[p for p in rest if p.ndim > 1], weight_decay=cfg.weight_decay),
+                                     dict(params=[p for p in rest if p.ndim < 2], weight_decay=0.0)],
+                                    lr=cfg.lr, betas=(0.9, 0.98))]
     parts = {"model": trained, "ema": ema.shadow}
     first = common.load_state(state, parts, *optimizers) if cfg.resume else 0
     if rank == 0:
@@ -201,8 +198,7 @@ def main():
         for group in (g for optimizer in optimizers for g in optimizer.param_groups):
             group["lr"] = lr
         index, text, t, eps = get_batch(cfg, pool, step)
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        raw.zero_grad(set_to_none=True)
         for i in range(cfg.accumulate):
             mine = slice((rank * cfg.accumulate + i) * micro, (rank * cfg.accumulate + i + 1) * micro)
             take = lambda x: x[mine].to(device)

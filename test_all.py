@@ -9,6 +9,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -213,14 +214,16 @@ def test_clip_follows_from_what_is_visible(clips):
 
 
 def test_a_new_scenario_is_one_function():
-    def shelf(draw, unseen):
-        scene = simdata.drop(draw, unseen)
-        return scene | dict(velocity=scene["velocity"] + torch.tensor([0.5, 0, 0]))
-    simdata.SCENARIOS["shelf"] = shelf
+    """The README's example, as it stands there."""
+    code = re.search(r"## Fork it.*?```python\n(.*?)```", open(f"{HERE}/README.md").read(), re.S)[1]
+    exec(code, names := vars(simdata) | {})        # SCENARIOS is the module's own dict
+    new = next(k for k, f in simdata.SCENARIOS.items() if f.__code__.co_filename == "<string>")
     try:
-        assert simdata.make_batch("shelf", 2, 0, frames=5)["video"].shape == (2, 3, 5, 64, 64)
+        batch = simdata.make_batch(new, 8, 0, frames=5)
+        assert batch["video"].shape == (8, 3, 5, 64, 64)
+        assert (batch["velocity"][:, 0, 0, 0].abs() > 0.01).any() and new in names
     finally:
-        del simdata.SCENARIOS["shelf"]
+        del simdata.SCENARIOS[new]
 
 
 def test_world_refuses():
@@ -926,3 +929,24 @@ def test_every_command_in_the_readme_parses():
             assert not word.startswith("data/") or os.path.exists(f"{HERE}/{word}"), word
     for name in re.findall(r"!\[.*?\]\((.*?)\)", text):
         assert os.path.exists(f"{HERE}/{name}"), name
+
+
+def test_readme_trains_from_nothing(tmp_path):
+    """The README's recipe, line by line in a folder that holds nothing but the code; only the sizes are shrunk."""
+    small = {"vae.py": "--clips=4 --val_clips=2 --batch=2", "encoder.py": "--scenes=8 --val_scenes=4 --batch=4",
+             "sft.py": "--clips=8 --batch=2 --eval_clips=2",
+             "dpo.py": "--pairs=4 --candidates=2 --margin=0 --batch=2 --eval_clips=2"}
+    for name in os.listdir(HERE):
+        if name.endswith(".py"):
+            shutil.copy(f"{HERE}/{name}", tmp_path)
+    os.mkdir(tmp_path / "data")
+    block = re.search(r"## Train it.*?```sh\n(.*?)```", open(f"{HERE}/README.md").read(), re.S)[1]
+    shell = dict(os.environ, PATH=f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}")
+    for line in block.splitlines():
+        script = next((word for word in line.split() if word in small), None)
+        line += f" {small[script]} --steps=1 --eval_every=1" if script else ""
+        done = subprocess.run(["bash", "-c", line], cwd=tmp_path, env=shell, capture_output=True, text=True)
+        assert done.returncode == 0, f"{line}\n{done.stderr[-2000:]}"
+    shutil.copy(f"{HERE}/data/drop.png", tmp_path)
+    for stage in "123":
+        run("sample.py", "drop.png", f"--stage={stage}", "--steps=1", f"--out={stage}.mp4", cwd=tmp_path)

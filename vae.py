@@ -350,7 +350,7 @@ class Config:
     out: str = ""                   # where the weights go; empty: out/<name>/vae.safetensors
     clips: int = 2000               # training clips, simulated once and kept in memory (0.4 MB each)
     val_clips: int = 64             # held-out clips
-    steps: int = 5000               # optimizer steps; the learning rate follows a cosine over them
+    steps: int = 3000               # optimizer steps; the learning rate follows a cosine over them
     max_minutes: float = 0.0        # stop after this long (0: never); --resume=True --steps=N then anneals and finishes
     batch: int = 4                  # clips a step, over all ranks
     window: int = 13                # frames of a training clip, 1 + 4k
@@ -474,8 +474,9 @@ def main():
     raw.to(device)
     model = DistributedDataParallel(raw) if world > 1 else raw
     trained = [p for p in raw.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.01)
-    start = common.load_state(state, {"model": raw}, optimizer) if cfg.resume else 0
+    optimizers = [common.Muon([p for p in trained if p.ndim > 1], cfg.lr, 0.01),
+                  torch.optim.AdamW([p for p in trained if p.ndim < 2], cfg.lr, betas=(0.9, 0.99), weight_decay=0.01)]
+    start = common.load_state(state, {"model": raw}, *optimizers) if cfg.resume else 0
     if rank == 0:
         common.trim_log(log, start)
         print(f"{sum(p.numel() for p in raw.parameters()):,} parameters, {len(data['video'])} clips, from step {start}")
@@ -485,7 +486,7 @@ def main():
     for step in bar:
         # The learning rate is a function of the step alone, so a resumed run takes the same path.
         lr = cfg.lr * min((step + 1) / max(cfg.warmup, 1), 0.01 + 0.495 * (1 + math.cos(math.pi * step / cfg.steps)))
-        for group in optimizer.param_groups:
+        for group in (g for optimizer in optimizers for g in optimizer.param_groups):
             group["lr"] = lr
         video, weight, noise = (x.to(device) for x in get_batch(cfg, data, step, rank, world))
         with common.autocast(device):
@@ -496,10 +497,11 @@ def main():
         l1 = (weight * error.abs()).mean()
         kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).mean()
         loss = mse + cfg.l1 * l1 + cfg.kl * kl
-        optimizer.zero_grad(set_to_none=True)
+        raw.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         seen = step + 1
 
         if step % 20 == 0:
@@ -512,7 +514,7 @@ def main():
         ending = stop.agreed(device) or common.average(float(late), device) > 0
         if seen % cfg.eval_every == 0 or seen == cfg.steps or ending:
             if rank == 0:
-                common.save_state(state, seen, {"model": raw}, optimizer)
+                common.save_state(state, seen, {"model": raw}, *optimizers)
         if seen % cfg.eval_every == 0 or seen == cfg.steps:
             whole, inside, shown = evaluate(raw, data, device, rank, world)
             if rank == 0:
