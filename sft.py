@@ -40,10 +40,10 @@ class Config:
     clips: int = 8192               # simulated clips in the pool, each also mirrored
     init_from: str = ""             # a dit.safetensors to start from (with its head1 beside it, if any)
     phys: bool = True               # with the PhysEncoder; False trains the plain DiT
-    steps: int = 2700               # optimizer steps
+    steps: int = 3600               # optimizer steps
     batch: int = 32                 # clips a step, over all ranks
     accumulate: int = 1             # micro-batches a step and rank, for less memory
-    lr: float = 1.5e-3              # peak learning rate
+    lr: float = 2e-3                # peak learning rate
     warmup: int = 200               # steps
     weight_decay: float = 0.02      # on matrices
     shift: float = 3.0              # > 1 trains more near pure noise, where it is decided who goes where
@@ -58,7 +58,7 @@ class Config:
     device: str = "auto"            # auto, cuda, mps or cpu
 
 
-PRESETS = {"nano": {}, "taste": dict(name="taste", pool="out/pool_taste", clips=1536, steps=550, eval_every=275)}
+PRESETS = {"nano": {}, "taste": dict(name="taste", pool="out/pool_taste", clips=1536, steps=450, eval_every=225)}
 SHARD = 512                                        # clips simulated and encoded at a time
 
 
