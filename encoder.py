@@ -354,12 +354,12 @@ class Config:
     scenes: int = 4000              # training images, one per scene, spread evenly over the scenarios
     val_scenes: int = 256           # validation images, from the split "val"
     size: int = 64                  # pixels of the rendered images; the encoder resizes them
-    steps: int = 1200               # optimizer steps
+    steps: int = 750                # optimizer steps
     batch: int = 32                 # global batch size, a multiple of the number of ranks
-    lr: float = 5e-4                # peak learning rate (AdamW)
+    lr: float = 1e-3                # peak learning rate
     warmup: int = 100               # steps of linear warm-up; a cosine to zero follows
     body_weight: float = 10.0       # extra weight of a body's pixels in the loss
-    weight_decay: float = 0.05      # on matrices only
+    weight_decay: float = 0.05      # of matrices only
     log_every: int = 10             # steps
     eval_every: int = 250           # steps; validation
     save_every: int = 250           # steps; the state that --resume needs
@@ -477,12 +477,14 @@ def main():
     common.seed_everything(cfg.seed)
     model = DepthAnything(CONFIGS[cfg.model]).to(device)
     params = [p for p in model.parameters() if p.requires_grad]
-    matrices, vectors = [p for p in params if p.ndim >= 2], [p for p in params if p.ndim < 2]
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": cfg.weight_decay},
-                                   {"params": vectors, "weight_decay": 0.0}], betas=(0.9, 0.99))
+    inner = [p for k, p in model.named_parameters() if p.requires_grad and p.ndim > 1 and "embed" not in k
+             and "token" not in k]
+    optimizers = [common.Muon(inner, cfg.lr, cfg.weight_decay),
+                  torch.optim.AdamW([p for p in params if not any(p is q for q in inner)], betas=(0.9, 0.99),
+                                    weight_decay=0.0)]
     start = 0
     if cfg.resume:
-        start = common.load_state(state, {"model": model}, optimizer)
+        start = common.load_state(state, {"model": model}, *optimizers)
     if rank == 0:
         common.trim_log(log, start)
     net = DistributedDataParallel(model) if world > 1 else model
@@ -521,16 +523,17 @@ def main():
         image = resize(image.clamp(-1, 1).to(device), input_size, patch)               # (B, 3, 112, 112)
 
         lr = cfg.lr * min((step + 1) / max(cfg.warmup, 1), 0.5 + 0.5 * math.cos(math.pi * step / cfg.steps))
-        for group in optimizer.param_groups:
+        for group in (g for optimizer in optimizers for g in optimizer.param_groups):
             group["lr"] = lr
         with common.autocast(device):
             pred = net(image)
         pred = F.interpolate(pred.float()[:, None], depth.shape[-2:], mode="bilinear")[:, 0]
         loss = ssi_loss(pred, depth, weigh(mask)).mean()
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
 
         if step % cfg.log_every == 0:
             value = common.average(loss.item(), device)
@@ -540,7 +543,7 @@ def main():
         done, stopped = step + 1, stop.agreed(device)
         if done % cfg.save_every == 0 or done == cfg.steps or stopped:
             if rank == 0:
-                common.save_state(state, done, {"model": model}, optimizer)
+                common.save_state(state, done, {"model": model}, *optimizers)
         if done % cfg.eval_every == 0 or done == cfg.steps:
             evaluate(step)
         if stopped:

@@ -350,7 +350,7 @@ class Config:
     out: str = ""                   # where the weights go; empty: out/<name>/vae.safetensors
     clips: int = 2000               # training clips, simulated once and kept in memory (0.4 MB each)
     val_clips: int = 64             # held-out clips
-    steps: int = 3000               # optimizer steps; the learning rate follows a cosine over them
+    steps: int = 4200               # optimizer steps; the learning rate follows a cosine over them
     max_minutes: float = 0.0        # stop after this long (0: never); --resume=True --steps=N then anneals and finishes
     batch: int = 4                  # clips a step, over all ranks
     window: int = 13                # frames of a training clip, 1 + 4k
