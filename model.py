@@ -76,8 +76,13 @@ def rotary_table(head_dim, frames, h, w, first, grid, device):
 
 
 def rotate(x, table):
-    """x (B, L, N, head_dim) float32: channels 2i, 2i+1 are one complex number. Four times faster than real algebra."""
-    return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * table).flatten(-2)
+    """x (B, L, N, head_dim) float32: channels 2i, 2i+1 are one complex number. Four times faster than real algebra,
+    except under torch.compile, which knows only the real one and merges it with its neighbours."""
+    x = x.unflatten(-1, (-1, 2))
+    if not torch.compiler.is_compiling():
+        return torch.view_as_real(torch.view_as_complex(x) * table).flatten(-2)
+    (a, b), (cos, sin) = x.unbind(-1), torch.view_as_real(table).unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
 
 
 def physical_grid(count, h, w):
