@@ -40,7 +40,7 @@ class Config:
     clips: int = 8192               # simulated clips in the pool, each also mirrored
     init_from: str = ""             # a dit.safetensors to start from (with its head1 beside it, if any)
     phys: bool = True               # with the PhysEncoder; False trains the plain DiT
-    steps: int = 4800               # optimizer steps
+    steps: int = 4000               # optimizer steps
     batch: int = 32                 # clips a step, over all ranks
     accumulate: int = 1             # micro-batches a step and rank, for less memory
     lr: float = 1.2e-2              # peak learning rate of Muon: the matrices inside the blocks
@@ -51,7 +51,7 @@ class Config:
     drop_text: float = 0.1          # fraction of captions left empty, so that --cfg means something
     ema: float = 0.999              # decay of the weight average that is evaluated and shipped
     log_every: int = 25             # steps
-    eval_every: int = 600           # steps between samples, checkpoints and val scores
+    eval_every: int = 500           # steps between samples, checkpoints and val scores
     eval_clips: int = 32            # val clips that are sampled then
     seed: int = 0                   # of weights, order, noise
     compile: bool = False           # torch.compile: a tenth faster on a CPU after two minutes, needs a C++ compiler
