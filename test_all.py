@@ -439,6 +439,15 @@ def test_every_input_changes_the_output():
             dit(**dict(i, **{key: bad}))
 
 
+@pytest.mark.parametrize("tokens", [40, 300])          # a CPU has one path for few tokens and one for many
+def test_attention_by_either_path(tokens):
+    q, k, v = torch.randn(3, 2, 4, tokens, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    truth = (q @ k.transpose(2, 3) / 32 ** 0.5).softmax(-1) @ v
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.03)):
+        out = common.attention(q.float() if dtype != torch.float64 else q, k.to(dtype), v.to(dtype))
+        assert out.dtype == dtype and (out.double() - truth).abs().max() < tolerance
+
+
 def test_physical_tokens_stand_where_they_look():
     full = M.rotary_table(48, 2, 4, 6, 1, (4, 6), torch.device("cpu"))
     assert torch.equal(full[:24], full[24:48])
