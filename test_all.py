@@ -299,8 +299,9 @@ def test_shipped_vae_reconstructs(clips):
     with torch.no_grad():
         z = vae.encode(clips["video"])
         out = vae.decode(z)
-    psnr = -10 * ((out - clips["video"]) / 2).square().mean((1, 2, 3, 4)).log10()
-    assert psnr.mean() > 29 and 0.7 < z.std() < 1.3                                  # and its latents are normalised
+    error, body = ((out - clips["video"]) / 2).square().mean(1), clips["mask"] > 0                  # (B, T, H, W)
+    psnr, inside = (-10 * e.log10() for e in (error.mean((1, 2, 3)), (error * body).sum((1, 2, 3)) / body.sum((1, 2, 3))))
+    assert psnr.mean() > 32 and inside.mean() > 24 and 0.7 < z.std() < 1.3           # and its latents are normalised
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -885,7 +886,7 @@ def test_shipped_model_listens():
     deaf = sample.Models(models.vae, lambda x, grid: torch.zeros(len(x), grid[0] * grid[1], 256), models.dit)
     assert (sample.generate(deaf, image, captions, keys, steps=8) - video).abs().max() > 0.02
     metrics, still = judge.measure(video, batch), judge.measure(image[:, :, None].expand_as(video), batch)
-    assert metrics["traj_l2_flight"].nanmean() < 0.5 * still["traj_l2_flight"].nanmean()
+    assert metrics["traj_l2_flight"].nanmean() < 0.25 * still["traj_l2_flight"].nanmean()
 
 
 def test_bad_input_is_refused(tmp_path):
