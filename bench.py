@@ -109,6 +109,16 @@ def dit(cfg, device):
             return out.detach()
         versus(f"DiT, nano width, batch {cfg.batch}, forward + backward, fp32", lambda: train(ours, x, t, text),
                lambda: train(peer, x, t * 1000, text), cfg, device)
+    q, k, v = (torch.randn(B, 4, 128, 64, device=device, requires_grad=True) for B in [cfg.batch] * 3)
+    v16 = v.detach().bfloat16().requires_grad_()
+
+    def attend(f, value):
+        out = f(q, k, value)
+        out.sum().backward()
+        return out.detach().float()
+    versus("attention, 128 tokens, forward + backward, ours with bf16 values, peer SDPA in fp32",
+           lambda: attend(common.attention, v16), lambda: attend(torch.nn.functional.scaled_dot_product_attention, v),
+           cfg, device, 0.05)
     nano = M.VideoDiT(M.CONFIGS["nano"]).to(device)
     B, C = cfg.batch, nano.config["in_dim"]
     inputs = [torch.randn(B, C, 6, 8, 8, device=device), M.bytes_to_tokens(["a red rubber ball falls"] * B).to(device),

@@ -122,10 +122,10 @@ def setup(device="auto"):
     except (RuntimeError, AssertionError, NotImplementedError):
         raise InputError(f"--device={device} is not usable here; expected auto, cuda, mps or cpu") from None
     with contextlib.suppress(OSError, AttributeError):
-        # glibc gives every freed activation back to the system and faults it in again a moment later: a tenth of a
-        # training step on a CPU. M_MMAP_MAX (-4) and M_TRIM_THRESHOLD (-1) make it keep them.
-        ctypes.CDLL("libc.so.6").mallopt(-4, 0)
-        ctypes.CDLL("libc.so.6").mallopt(-1, 2**31 - 1)
+        # glibc gives every freed activation back to the system and faults it in again a moment later, some 30,000
+        # page faults a training step. M_MMAP_MAX (-4) and M_TRIM_THRESHOLD (-1) make it keep them.
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-4, 0), mallopt(-1, 2**31 - 1)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and not dist.is_initialized():
         if device.type == "cuda":
@@ -145,8 +145,8 @@ def autocast(device):
 def attention(q, k, v):
     """softmax(q k^T / sqrt(d)) v for (B, heads, L, d), through PyTorch's fused kernels; bf16 on a GPU under autocast.
 
-    On a CPU the fused kernels are slow: few tokens do better with two plain products in v's precision (3 times faster
-    for 128 tokens, forward and backward), many with fp32 (bf16's backward pass loses more than bf16 saves elsewhere)."""
+    On a CPU the fused kernels are slow: few tokens do better with two plain products in v's precision (bench.py times
+    both), many with fp32 (bf16's backward pass loses more than bf16 saves elsewhere)."""
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
     full = torch.promote_types(q.dtype, torch.float32)

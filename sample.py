@@ -38,10 +38,13 @@ class Models:
 def load_models(data="data", stage=1, ckpt="", head="", device="cpu"):
     """The shipped components, up to a stage: 1 is dit + head1, 2 adds lora2, 3 swaps in head3. -> Models, frozen.
 
-    ckpt, head: other files for the DiT and the physical head. Raises InputError if a file is missing or foreign."""
+    ckpt, head: other files for the DiT and the physical head, for stage 1 alone: the deltas of 2 and 3 belong to data's.
+    Raises InputError if a file is missing or foreign."""
     from encoder import load_phys_encoder          # late: a wrong flag is refused without loading networks
     from model import VideoDiT, add_lora, load_lora, merge_lora
     from vae import load_vae
+    if stage > 1 and (ckpt or head):
+        raise InputError(f"stage {stage} changes the DiT and the head in {data}; other ones go with stage 1")
     ckpt = ckpt or f"{data}/dit.safetensors"
     config = common.read_weights(ckpt)[1]
     if "num_layers" not in config:
@@ -102,7 +105,7 @@ class Config:
     cfg: float = 1.0                # guidance on the text; 1 is off
     shift: float = 3.0              # > 1 spends more of the steps near noise
     solver: str = "ab2"             # ab2 (second order) or euler
-    stage: int = DEFAULT_STAGE      # 1 SFT, 2 + DPO on the DiT, 3 + DPO on the PhysEncoder
+    stage: int = 0                  # 1 SFT, 2 + DPO on the DiT, 3 + DPO on the PhysEncoder; 0: 3, or 1 with --ckpt
     data: str = "data"              # folder with the weights
     ckpt: str = ""                  # another DiT file
     head: str = ""                  # another physical head
@@ -115,7 +118,7 @@ def main():
     cfg = common.parse_config(Config, sys.argv[1:], positional="image")
     if not cfg.image:
         raise InputError("which image? For example: python sample.py data/drop.png")
-    common.check_range(cfg, n=(1, 64), frames=(5, 101), steps=(1, 1000), cfg=(0, 30), shift=(0.01, 100), stage=(1, 3),
+    common.check_range(cfg, n=(1, 64), frames=(5, 101), steps=(1, 1000), cfg=(0, 30), shift=(0.01, 100), stage=(0, 3),
                        scale=(1, 16))
     if cfg.frames % 4 != 1:
         k = cfg.frames // 4
@@ -137,7 +140,8 @@ def main():
         print(note)
 
     device, _, _ = common.setup(cfg.device)
-    models = load_models(cfg.data, cfg.stage, cfg.ckpt, cfg.head, device)
+    stage = cfg.stage or (1 if cfg.ckpt or cfg.head else DEFAULT_STAGE)
+    models = load_models(cfg.data, stage, cfg.ckpt, cfg.head, device)
     from model import BYTES
     if len(prompt.encode(errors="replace")) > BYTES:
         print(f"the prompt is long: only its first {BYTES} bytes are read")
@@ -149,7 +153,7 @@ def main():
     sampled = time.time()
     common.write_video(out, common.grid([common.to_uint8(v) for v in video], min(cfg.n, 4)), fps=16, scale=cfg.scale)
     print(f"prompt: {prompt or '(none)'}")
-    print(f"wrote {out}: {cfg.frames} frames, stage {cfg.stage}, "
+    print(f"wrote {out}: {cfg.frames} frames, stage {stage}, "
           f"seed {cfg.seed}{f' to {cfg.seed + cfg.n - 1}' if cfg.n > 1 else ''} "
           f"(loading {loaded - began:.1f} s, sampling {sampled - loaded:.1f} s, writing {time.time() - sampled:.1f} s)")
 

@@ -54,7 +54,7 @@ class Config:
     eval_every: int = 500           # steps between samples, checkpoints and val scores
     eval_clips: int = 32            # val clips that are sampled then
     seed: int = 0                   # of weights, order, noise
-    compile: bool = False           # torch.compile: a tenth faster on a CPU after two minutes, needs a C++ compiler
+    compile: bool = False           # torch.compile: little gain on a CPU; takes two minutes and a C++ compiler
     resume: bool = False            # go on from out/<name>/state.safetensors
     device: str = "auto"            # auto, cuda, mps or cpu
 

@@ -126,7 +126,7 @@ def test_no_scene_gains_energy_and_all_settle_down():
     box = (scene["shape"] == 1) & scene["alive"]
     low = low.transpose(1, 2)[box]
     assert low[:, -1].min() > -0.002               # at the end no corner is under the floor; for a frame or so it may
-    assert low.min() > -0.06                       # be, when steel hits the twelve times lighter wood that lies on it
+    assert low.min() > -0.04                       # be, when steel hits the twelve times lighter wood that lies on it
 
 
 def test_collision_keeps_momentum():
@@ -300,7 +300,8 @@ def test_shipped_vae_reconstructs(clips):
         z = vae.encode(clips["video"])
         out = vae.decode(z)
     error, body = ((out - clips["video"]) / 2).square().mean(1), clips["mask"] > 0                  # (B, T, H, W)
-    psnr, inside = (-10 * e.log10() for e in (error.mean((1, 2, 3)), (error * body).sum((1, 2, 3)) / body.sum((1, 2, 3))))
+    inside = (error * body).sum((1, 2, 3)) / body.sum((1, 2, 3))
+    psnr, inside = (-10 * e.log10() for e in (error.mean((1, 2, 3)), inside))
     assert psnr.mean() > 32 and inside.mean() > 24 and 0.7 < z.std() < 1.3           # and its latents are normalised
 
 
@@ -447,6 +448,14 @@ def test_attention_by_either_path(tokens):
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.03)):
         out = common.attention(q.float() if dtype != torch.float64 else q, k.to(dtype), v.to(dtype))
         assert out.dtype == dtype and (out.double() - truth).abs().max() < tolerance
+
+
+def test_rotation_for_the_compiler_is_the_same(monkeypatch):
+    x, table = torch.randn(2, 54, 3, 48), M.rotary_table(48, 2, 4, 6, 0, None, torch.device("cpu"))[:48]
+    x = x[:, :48]
+    eager = M.rotate(x, table)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert (M.rotate(x, table) - eager).abs().max() < 1e-5 and (eager - x).abs().max() > 0.1
 
 
 def test_physical_tokens_stand_where_they_look():
@@ -865,6 +874,11 @@ def test_sample_command(tmp_path):
     video = common.read_video(str(tmp_path / "a.mp4"))
     assert video.shape == (25, 256, 256, 3)
     assert Image.open(tmp_path / "c.gif").n_frames == 25 and Image.open(tmp_path / "d.webp").n_frames == 25
+    # the shipped LoRA must not be put onto another DiT
+    other = (f"--data={HERE}/data", f"--ckpt={HERE}/data/dit.safetensors", "--steps=1")
+    assert "stage 1" in run("sample.py", f"{HERE}/data/drop.png", *other, cwd=tmp_path).stdout
+    with pytest.raises(InputError):
+        sample.load_models(f"{HERE}/data", 3, ckpt=f"{HERE}/data/dit.safetensors")
     done = run("sample.py", f"{HERE}/data/drop.png", f"--data={HERE}/data", "--n=3", "--steps=2", "--scale=1",
                cwd=tmp_path)
     assert "out/drop.mp4" in done.stdout and common.read_video(str(tmp_path / "out/drop.mp4")).shape[2] == 192
