@@ -38,7 +38,7 @@ class Models:
 def load_models(data="data", stage=1, ckpt="", head="", device="cpu"):
     """The shipped components, up to a stage: 1 is dit + head1, 2 adds lora2, 3 swaps in head3. -> Models, frozen.
 
-    ckpt, head: other files for the DiT and the physical head, for stage 1 alone: the deltas of 2 and 3 belong to data's.
+    ckpt, head: other files for the DiT and the physical head, for stage 1 alone: the deltas of 2 and 3 fit data's.
     Raises InputError if a file is missing or foreign."""
     from encoder import load_phys_encoder          # late: a wrong flag is refused without loading networks
     from model import VideoDiT, add_lora, load_lora, merge_lora
