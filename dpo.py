@@ -35,6 +35,7 @@ import eval as judge
 import model as M
 import sample
 import simdata
+from vae import visibility
 
 
 @dataclass
@@ -49,7 +50,7 @@ class Config:
     sampler_steps: int = 12         # of the candidates
     beta: float = 2000.0            # how far the policy may leave the reference
     sft: float = 0.1                # weight of the winner's flow-matching loss; 0 is the paper's loss
-    shift: float = 3.0              # of the training times, as in Stage I
+    shift: float = 5.0              # of the training times, as in Stage I
     rank: int = 16                  # of the LoRA
     alpha: int = 32                 # of the LoRA
     steps: int = 150                # optimizer steps per stage
@@ -80,16 +81,19 @@ def dpo_loss(err_w, err_l, ref_w, ref_l, beta):
 
 
 class Policy(nn.Module):
-    """DiT and physical head as one module: the policy as it is, or the reference through functional_call."""
-    def __init__(self, dit, head):
+    """DiT and physical head as one module: the policy as it is, or the reference through functional_call.
+
+    visible (C, 1, 1, 1) weighs the channels: what no picture shows cannot be what one clip is preferred for."""
+    def __init__(self, dit, head, visible=1.0):
         super().__init__()
-        self.dit, self.head = dit, head
+        self.dit, self.head, self.visible = dit, head, visible
 
     def forward(self, features, patch_grid, first, winner, loser, text, t, eps):
         """features: the frozen backbone's; first (B, C, 1, h, w), winner, loser (B, C, k, h, w) -> two errors (B,)."""
         twice = lambda x: torch.cat([x, x])        # one forward for both, so that rounding is theirs alike
         phys = None if self.head is None else twice(self.head(features, patch_grid, [n // 2 for n in first.shape[3:]]))
-        error = M.flow_loss(self.dit, torch.cat([winner, loser]), twice(text), twice(first), phys, twice(t), twice(eps))
+        error = M.flow_loss(self.dit, torch.cat([winner, loser]), twice(text), twice(first), phys, twice(t), twice(eps),
+                            self.visible)
         return error.chunk(2)
 
 
@@ -216,7 +220,8 @@ def train(cfg, stage, models, pairs, folder, stop, device, rank, world):
     else:
         head.requires_grad_(True)
         head.scratch.refinenet4.resConfUnit1.requires_grad_(False)                   # in every DPT, used by none
-    raw = Policy(dit, head).to(device).train()
+    latent = torch.cat([pairs["first"][:16], pairs["winner"][:16]], 2)
+    raw = Policy(dit, head, visibility(models.vae, latent.to(device))).to(device).train()
     trained = {k: p for k, p in raw.named_parameters() if p.requires_grad}
     reference = {k: p.detach().clone() for k, p in trained.items()}                  # no second model, just tensors
     model = DistributedDataParallel(raw) if world > 1 else raw

@@ -312,7 +312,8 @@ def reference_rows(batch, again, vae, device):
 
 
 @torch.no_grad()
-def evaluate(models, split, n, seed=0, unseen=False, scenario="drop", best_of=1, references=True, chunk=64, steps=12):
+def evaluate(models, split, n, seed=0, unseen=False, scenario="drop", best_of=1, references=True, chunk=64, steps=12,
+             guide=1.0):
     """Generate and measure n scenes of a split. models: {row name: sample.Models}. -> {row: {metric: (n,) tensor}}.
 
     best_of > 1 adds the row "<name>, oracle best of k": the sample of lowest traj_l2, what choosing could reach."""
@@ -328,7 +329,8 @@ def evaluate(models, split, n, seed=0, unseen=False, scenario="drop", best_of=1,
         for name, m in models.items():
             keys = [[(split, int(unseen), seed, start + i, k) for i in range(size)] for k in range(best_of)]
             image = batch["video"][:, :, 0].to(device)
-            draws = torch.stack([sample.generate(m, image, batch["caption"], key, steps=steps).cpu() for key in keys])
+            draws = torch.stack([sample.generate(m, image, batch["caption"], key, steps=steps, guide=guide).cpu()
+                                 for key in keys])
             videos[name] = draws[0]
             if best_of > 1:
                 error = torch.stack([measure(v, batch, detail=False)["traj_l2"].nan_to_num(1) for v in draws])
@@ -369,6 +371,7 @@ class Config:
     n: int = 512                    # scenes per split (seen, and as many unseen)
     seed: int = 0                   # which scenes
     steps: int = 12                 # sampler steps
+    guide: float = 0.0              # guidance away from a weaker model's mistakes; 1 is off; 0: as sample.py has it
     best_of: int = 1                # > 1 adds the oracle row: the best of k seeds by the truth
     references: bool = True         # the rows that say what a number means
     chunk: int = 64                 # scenes at a time
@@ -378,7 +381,7 @@ class Config:
 
 def main():
     cfg = common.parse_config(Config, sys.argv[1:])
-    common.check_range(cfg, n=(1, 10**6), steps=(1, 1000), best_of=(1, 64), chunk=(1, 4096))
+    common.check_range(cfg, n=(1, 10**6), steps=(1, 1000), guide=(0, 30), best_of=(1, 64), chunk=(1, 4096))
     if cfg.scenario not in simdata.SCENARIOS:
         raise common.InputError(f"--scenario={cfg.scenario}: expected one of {', '.join(simdata.SCENARIOS)}")
     if cfg.json:
@@ -388,12 +391,13 @@ def main():
     if not set(cfg.stages.split(",")) <= {"1", "2", "3"}:
         raise common.InputError(f"--stages={cfg.stages}: expected some of 1,2,3, separated by commas")
     device, _, _ = common.setup(cfg.device)
-    models = {f"Stage {'I' * int(s)}": sample.load_models(cfg.data, int(s), cfg.ckpt, cfg.head, device)
+    guide = cfg.guide or (1 if cfg.ckpt or cfg.head else sample.DEFAULT_GUIDE)
+    models = {f"Stage {'I' * int(s)}": sample.load_models(cfg.data, int(s), cfg.ckpt, cfg.head, device, guide != 1)
               for s in cfg.stages.split(",")}
     result, clips = {}, {}
     for name, unseen in (("seen", False), ("unseen", True)):
         clips[name] = evaluate(models, cfg.split, cfg.n, cfg.seed, unseen, cfg.scenario, best_of=cfg.best_of,
-                               references=cfg.references, chunk=cfg.chunk, steps=cfg.steps)
+                               references=cfg.references, chunk=cfg.chunk, steps=cfg.steps, guide=guide)
         for row, per_clip in clips[name].items():
             result.setdefault(row, {})[name] = summary(per_clip)
     stages = list(models)

@@ -32,6 +32,9 @@ WAN = dict(freq_dim=256, text="features", text_dim=4096, text_len=512, phys=Fals
 CONFIGS = {
     "nano": dict(in_dim=32, out_dim=32, dim=256, ffn_dim=960, num_heads=4, num_layers=6,
                  freq_dim=128, text="bytes", text_dim=128, text_len=32, phys=True),
+    # nano's weaker sibling, away from which it is guided (see sample)
+    "guide": dict(in_dim=32, out_dim=32, dim=128, ffn_dim=480, num_heads=2, num_layers=4,
+                  freq_dim=128, text="bytes", text_dim=128, text_len=32, phys=False),
     # Wan2.1-T2V-1.3B, Wan2.2-TI2V-5B, Wan2.1-T2V-14B
     "wan1.3b": WAN | dict(in_dim=16, out_dim=16, dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
     "wan5b": WAN | dict(in_dim=48, out_dim=48, dim=3072, ffn_dim=14336, num_heads=24, num_layers=30),
@@ -317,28 +320,33 @@ def sample_t(n, generator, shift=1.0):
     return shift_time(torch.randn(n, generator=generator).sigmoid(), shift)
 
 
-def flow_loss(model, x0, text, image, phys, t, eps):
+def flow_loss(model, x0, text, image, phys, t, eps, weight=1.0):
     """The flow-matching error of each clip, unreduced (PhysMaster Eq. 1).
 
     model: VideoDiT or any callable with its forward's signature; x0, eps (B, C, k, H, W): latent frames 1..k and noise;
-    t (B,); the rest as in VideoDiT.forward -> (B,)."""
+    t (B,); weight: of every latent's error, broadcast to x0; the rest as in VideoDiT.forward -> (B,)."""
     s = t.view(-1, 1, 1, 1, 1)
     v = model((1 - s) * x0 + s * eps, t, text, image, phys)
-    return (v.float() - (eps - x0)).square().mean((1, 2, 3, 4))
+    return (weight * (v.float() - (eps - x0)).square()).mean((1, 2, 3, 4))
 
 
 @torch.no_grad()
-def sample(model, image, text, phys, noise, steps=20, shift=3.0, cfg=1.0, text_null=None, solver="ab2", progress=None):
+def sample(model, image, text, phys, noise, steps=20, shift=3.0, cfg=1.0, text_null=None, solver="ab2", progress=None,
+           weak=None, guide=1.0):
     """Integrate dx/dt = v from noise at t = 1 to a clip at t = 0, one network call a step (two with guidance).
 
     noise (B, C, k, H, W), drawn outside (common.randn); image, text, phys as in VideoDiT.forward -> x0 (B, C, k, H, W).
     cfg: 1 is off; else v = v_null + cfg (v_text - v_null), where null has the text `text_null` and all else the same.
+    guide: 1 is off; else v = v_weak + guide (v - v_weak), away from the mistakes of `weak`, a smaller and less trained
+    model without physical tokens: what it does wrong, the model does too, only less (autoguidance, arXiv 2406.02507).
     solver: "euler", or "ab2": Adams-Bashforth, the velocity extrapolated to the middle of the step from the last two
     calls, second order at Euler's price. progress(done, steps) is called after each step. Raises InputError."""
     if solver not in ("euler", "ab2") or steps < 1 or shift <= 0:
         raise InputError(f"solver={solver}, steps={steps}, shift={shift}: expected euler or ab2, steps >= 1, shift > 0")
     if cfg != 1 and text_null is None:
         raise InputError(f"cfg={cfg} needs text_null, the tokens of the negative (or empty) prompt")
+    if guide != 1 and weak is None:
+        raise InputError(f"guide={guide} needs a weak model")
     times = shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).tolist()
     x = noise
     for i in range(steps):
@@ -347,6 +355,9 @@ def sample(model, image, text, phys, noise, steps=20, shift=3.0, cfg=1.0, text_n
         if cfg != 1:
             null = model(x, t, text_null, image, phys)
             v = null + cfg * (v - null)
+        if guide != 1:
+            bad = weak(x, t, text, image)
+            v = bad + guide * (v - bad)
         middle = v if solver == "euler" or i == 0 else v + dt / (2 * dt_last) * (v - v_last)
         x, v_last, dt_last = x + dt * middle, v, dt
         if progress:

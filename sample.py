@@ -24,21 +24,23 @@ from tqdm import tqdm
 import common
 from common import InputError
 
-DEFAULT_STAGE = 3                                  # the best on the val split, see data/RESULTS.md
+DEFAULT_STAGE, DEFAULT_GUIDE = 3, 2.0              # the best on the val split, see data/RESULTS.md
 
 
 @dataclass
 class Models:
-    """What it takes to make a video; encoder is None for a DiT that was trained without one."""
+    """What it takes to make a video; encoder is None for a DiT that was trained without one, weak without --guide."""
     vae: torch.nn.Module
     encoder: torch.nn.Module
     dit: torch.nn.Module
+    weak: torch.nn.Module = None
 
 
-def load_models(data="data", stage=1, ckpt="", head="", device="cpu"):
+def load_models(data="data", stage=1, ckpt="", head="", device="cpu", weak=False):
     """The shipped components, up to a stage: 1 is dit + head1, 2 adds lora2, 3 swaps in head3. -> Models, frozen.
 
     ckpt, head: other files for the DiT and the physical head, for stage 1 alone: the deltas of 2 and 3 fit data's.
+    weak: with guide.safetensors, the model that generate(guide=...) steers away from.
     Raises InputError if a file is missing or foreign."""
     from encoder import load_phys_encoder          # late: a wrong flag is refused without loading networks
     from model import VideoDiT, add_lora, load_lora, merge_lora
@@ -46,38 +48,44 @@ def load_models(data="data", stage=1, ckpt="", head="", device="cpu"):
     if stage > 1 and (ckpt or head):
         raise InputError(f"stage {stage} changes the DiT and the head in {data}; other ones go with stage 1")
     ckpt = ckpt or f"{data}/dit.safetensors"
-    config = common.read_weights(ckpt)[1]
-    if "num_layers" not in config:
-        raise InputError(f"{ckpt} is not a DiT of ours: its metadata has no DiT config; expected a dit.safetensors")
-    dit = VideoDiT(config)
-    common.load_weights(dit, ckpt)
+
+    def load_dit(path):
+        config = common.read_weights(path)[1]
+        if "num_layers" not in config:
+            raise InputError(f"{path} is not a DiT of ours: its metadata has no DiT config; expected a dit.safetensors")
+        dit = VideoDiT(config)
+        common.load_weights(dit, path)
+        return dit.to(device).eval().requires_grad_(False)
+
+    dit = load_dit(ckpt)
     if stage >= 2:
         tensors, lora = common.read_weights(f"{data}/lora2.safetensors")
         if "rank" not in lora:
             raise InputError(f"{data}/lora2.safetensors is not a LoRA of ours: its metadata has no rank")
         load_lora(add_lora(dit, lora["rank"], lora["alpha"]), tensors)
-        merge_lora(dit)
+        merge_lora(dit).requires_grad_(False)
     encoder = None
-    if config["phys"]:
+    if dit.config["phys"]:
         head = head or f"{data}/head{3 if stage == 3 else 1}.safetensors"
         encoder = load_phys_encoder(f"{data}/backbone.safetensors", head).to(device).eval().requires_grad_(False)
     vae = load_vae(f"{data}/vae.safetensors", device=device)
-    return Models(vae, encoder, dit.to(device).eval().requires_grad_(False))
+    return Models(vae, encoder, dit, load_dit(f"{data}/guide.safetensors") if weak else None)
 
 
 @torch.no_grad()
 def generate_latent(models, image, text, phys, keys, frames=25, steps=12, shift=3.0, cfg=1.0, solver="ab2",
-                    progress=None):
+                    progress=None, guide=1.0):
     """The denoising loop alone: image (B, C, 1, h, w) latent, tokens, physical tokens -> latent frames 1..k."""
     from model import bytes_to_tokens, sample
     B, C, _, h, w = image.shape
     noise = common.randn((C, (frames - 1) // 4, h, w), keys).to(image)
     null = bytes_to_tokens([""] * B).to(image.device) if cfg != 1 else None
-    return sample(models.dit, image, text, phys, noise, steps, shift, cfg, null, solver, progress)
+    return sample(models.dit, image, text, phys, noise, steps, shift, cfg, null, solver, progress, models.weak, guide)
 
 
 @torch.no_grad()
-def generate(models, image, captions, keys, frames=25, steps=12, shift=3.0, cfg=1.0, solver="ab2", progress=None):
+def generate(models, image, captions, keys, frames=25, steps=12, shift=3.0, cfg=1.0, solver="ab2", progress=None,
+             guide=1.0):
     """image (B, 3, H, W) in [-1, 1], B captions, B noise keys (int or tuple) -> video (B, 3, frames, H, W) in [-1, 1].
 
     The noise of a clip depends on its key alone, not on the batch, the rank or the device."""
@@ -88,7 +96,8 @@ def generate(models, image, captions, keys, frames=25, steps=12, shift=3.0, cfg=
         grid = [n // 2 for n in first.shape[3:]]
         phys = models.encoder(image, grid) if models.encoder is not None else None                  # (B, P, D)
         text = bytes_to_tokens(captions).to(device)
-        x0 = generate_latent(models, first, text, phys, keys, frames, steps, shift, cfg, solver, progress)
+        x0 = generate_latent(models, first, text, phys, keys, frames, steps, shift, cfg, solver, progress,
+                             guide)
         video = models.vae.decode(torch.cat([first, x0], 2))
     return torch.cat([image[:, :, None], video[:, :, 1:]], 2)                        # frame 0 is the image, exactly
 
@@ -103,6 +112,7 @@ class Config:
     frames: int = 25                # 1 + 4k; the nano model was trained on 25 (at 16 fps)
     steps: int = 12                 # sampler steps
     cfg: float = 1.0                # guidance on the text; 1 is off
+    guide: float = 0.0              # guidance away from a weaker model's mistakes; 1 is off; 0: 2, or 1 with --ckpt
     shift: float = 3.0              # > 1 spends more of the steps near noise
     solver: str = "ab2"             # ab2 (second order) or euler
     stage: int = 0                  # 1 SFT, 2 + DPO on the DiT, 3 + DPO on the PhysEncoder; 0: 3, or 1 with --ckpt
@@ -118,8 +128,8 @@ def main():
     cfg = common.parse_config(Config, sys.argv[1:], positional="image")
     if not cfg.image:
         raise InputError("which image? For example: python sample.py data/drop.png")
-    common.check_range(cfg, n=(1, 64), frames=(5, 101), steps=(1, 1000), cfg=(0, 30), shift=(0.01, 100), stage=(0, 3),
-                       scale=(1, 16))
+    common.check_range(cfg, n=(1, 64), frames=(5, 101), steps=(1, 1000), cfg=(0, 30), guide=(0, 30),
+                       shift=(0.01, 100), stage=(0, 3), scale=(1, 16))
     if cfg.frames % 4 != 1:
         k = cfg.frames // 4
         raise InputError(f"--frames={cfg.frames}: expected 1 + 4k, for example {max(5, 4 * k + 1)} or {4 * k + 5}")
@@ -141,7 +151,8 @@ def main():
 
     device, _, _ = common.setup(cfg.device)
     stage = cfg.stage or (1 if cfg.ckpt or cfg.head else DEFAULT_STAGE)
-    models = load_models(cfg.data, stage, cfg.ckpt, cfg.head, device)
+    guide = cfg.guide or (1 if cfg.ckpt or cfg.head else DEFAULT_GUIDE)
+    models = load_models(cfg.data, stage, cfg.ckpt, cfg.head, device, weak=guide != 1)
     from model import BYTES
     if len(prompt.encode(errors="replace")) > BYTES:
         print(f"the prompt is long: only its first {BYTES} bytes are read")
@@ -149,7 +160,7 @@ def main():
     with tqdm(total=cfg.steps, desc="sampling", unit="step") as bar:
         video = generate(models, image.to(device).expand(cfg.n, -1, -1, -1), [prompt] * cfg.n,
                          [cfg.seed + i for i in range(cfg.n)], cfg.frames, cfg.steps, cfg.shift, cfg.cfg, cfg.solver,
-                         progress=lambda done, total: bar.update(1))
+                         progress=lambda done, total: bar.update(1), guide=guide)
     sampled = time.time()
     common.write_video(out, common.grid([common.to_uint8(v) for v in video], min(cfg.n, 4)), fps=16, scale=cfg.scale)
     print(f"prompt: {prompt or '(none)'}")

@@ -29,7 +29,7 @@ import model as M
 import sample
 import simdata
 from encoder import PhysEncoder, load_phys_encoder
-from vae import load_vae
+from vae import load_vae, visibility
 
 
 @dataclass
@@ -38,16 +38,18 @@ class Config:
     data: str = "data"              # folder with vae.safetensors and backbone.safetensors
     pool: str = "out/pool"          # folder of cached latents; made if it lacks shards
     clips: int = 8192               # simulated clips in the pool, each also mirrored
+    model: str = "nano"             # the DiT, a name in model.CONFIGS
     init_from: str = ""             # a dit.safetensors to start from (with its head1 beside it, if any)
     phys: bool = True               # with the PhysEncoder; False trains the plain DiT
-    steps: int = 4000               # optimizer steps
+    steps: int = 4600               # optimizer steps
     batch: int = 32                 # clips a step, over all ranks
     accumulate: int = 1             # micro-batches a step and rank, for less memory
     lr: float = 1.2e-2              # peak learning rate of Muon: the matrices inside the blocks
     adam_lr: float = 4e-3           # peak learning rate of AdamW: what enters, leaves, shifts and scales
     warmup: int = 200               # steps
     weight_decay: float = 0.02      # on matrices
-    shift: float = 3.0              # > 1 trains more near pure noise, where it is decided who goes where
+    shift: float = 5.0              # > 1 trains more near pure noise, where it is decided who goes where
+    moving: float = 8.0             # extra loss weight of latents that change over time
     drop_text: float = 0.1          # fraction of captions left empty, so that --cfg means something
     ema: float = 0.999              # decay of the weight average that is evaluated and shipped
     log_every: int = 25             # steps
@@ -59,7 +61,9 @@ class Config:
     device: str = "auto"            # auto, cuda, mps or cpu
 
 
-PRESETS = {"nano": {}, "taste": dict(name="taste", pool="out/pool_taste", clips=1536, steps=450, eval_every=225)}
+PRESETS = {"nano": {}, "taste": dict(name="taste", pool="out/pool_taste", clips=1536, steps=450, eval_every=225),
+           # the weak model that sample.py --guide steers away from
+           "guide": dict(name="guide", model="guide", phys=False, steps=600)}
 SHARD = 512                                        # clips simulated and encoded at a time
 
 
@@ -107,15 +111,21 @@ def get_batch(cfg, pool, step):
 
 
 class StageOne(nn.Module):
-    """DiT and encoder under one roof, so that DDP sees every trained parameter in one forward."""
-    def __init__(self, dit, encoder):
+    """DiT and encoder under one roof, so that DDP sees every trained parameter in one forward.
+
+    visible (C, 1, 1, 1), moving: loss weights of channels and of what changes over time. Weights of channels change
+    nothing about the optimum; those of motion lean towards the futures in which something happens."""
+    def __init__(self, dit, encoder, visible=1.0, moving=0.0):
         super().__init__()
-        self.dit, self.encoder = dit, encoder
+        self.dit, self.encoder, self.visible, self.moving = dit, encoder, visible, moving
 
     def forward(self, latent, image, text, t, eps):
         grid = [n // 2 for n in latent.shape[3:]]
         phys = self.encoder(image, grid) if self.encoder is not None else None
-        return M.flow_loss(self.dit, latent[:, :, 1:], text, latent[:, :, :1], phys, t, eps)        # (B,)
+        x0 = latent[:, :, 1:]
+        moves = (x0 - x0.mean(2, keepdim=True)).square().mean(1, keepdim=True).clamp_max(1)         # (B, 1, k, h, w)
+        weight = self.visible * (1 + self.moving * moves)
+        return M.flow_loss(self.dit, x0, text, latent[:, :, :1], phys, t, eps, weight)              # (B,)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -123,9 +133,11 @@ class StageOne(nn.Module):
 def main():
     cfg = common.parse_config(Config, sys.argv[1:], PRESETS)
     common.check_range(cfg, clips=(1, 10**8), steps=(1, 10**8), batch=(1, 10**6), accumulate=(1, 10**4), lr=(0, 1),
-                       adam_lr=(0, 1), warmup=(0, 10**8), weight_decay=(0, 1), shift=(0.01, 100), drop_text=(0, 1),
-                       ema=(0, 1), log_every=(1, 10**8), eval_every=(1, 10**8), eval_clips=(1, 10**4))
+                       adam_lr=(0, 1), warmup=(0, 10**8), weight_decay=(0, 1), shift=(0.01, 100), moving=(0, 1000),
+                       drop_text=(0, 1), ema=(0, 1), log_every=(1, 10**8), eval_every=(1, 10**8), eval_clips=(1, 10**4))
     device, rank, world = common.setup(cfg.device)
+    if M.CONFIGS.get(cfg.model, {}).get("text") != "bytes":
+        raise common.InputError(f"--model={cfg.model}: expected nano or guide; other ones come with --init_from")
     if cfg.batch % (world * cfg.accumulate):
         raise common.InputError(f"--batch={cfg.batch} must be a multiple of ranks x accumulate "
                                 f"= {world * cfg.accumulate}")
@@ -136,7 +148,7 @@ def main():
 
     # the networks
     common.seed_everything(cfg.seed)
-    config = common.read_weights(cfg.init_from)[1] if cfg.init_from else M.CONFIGS["nano"] | {"phys": cfg.phys}
+    config = common.read_weights(cfg.init_from)[1] if cfg.init_from else M.CONFIGS[cfg.model] | {"phys": cfg.phys}
     if "num_layers" not in config:
         raise common.InputError(f"--init_from={cfg.init_from} is not a DiT of ours; expected a dit.safetensors")
     dit, encoder = M.VideoDiT(config), None
@@ -149,7 +161,8 @@ def main():
             common.load_weights(encoder.head, head)
         if cfg.phys and not config["phys"]:        # a plain model learns to listen to the encoder
             M.add_phys(dit)
-    raw = StageOne(dit, encoder).to(device)
+    visible = visibility(vae, pool["latent"][:16].to(device))
+    raw = StageOne(dit, encoder, visible, cfg.moving).to(device)
     if cfg.compile:
         raw.compile()                              # in place: names stay; dit.forward itself, which samples, is eager
     model = DistributedDataParallel(raw) if world > 1 else raw

@@ -487,12 +487,32 @@ def test_order_of_the_solvers():
     assert 1.7 < error(40, "euler") / error(80, "euler") < 2.3 and 3.3 < error(40, "ab2") / error(80, "ab2") < 4.7
 
 
-def test_guidance_acts_on_text_only():
+def test_guidance():
+    """Text guidance changes the text alone; autoguidance asks the weak model at the same point."""
     f = lambda x, t, text, *a: x * 0 + text
     go = lambda **k: M.sample(f, None, 2.0, None, torch.zeros(1, 1, 1, 1, 1), steps=3, **k).item()
     assert abs(go() + 2) < 1e-6 and abs(go(cfg=3.0, text_null=1.0) + 4) < 1e-6
-    with pytest.raises(InputError):
-        go(cfg=3.0)
+    weak = lambda x, t, text, image: x * 0 + text - 0.5
+    assert abs(go(weak=weak, guide=3.0) + 3) < 1e-6 and abs(go(weak=weak) + 2) < 1e-6
+    for wrong in (dict(cfg=3.0), dict(guide=3.0)):
+        with pytest.raises(InputError):
+            go(**wrong)
+
+
+def test_loss_weights():
+    """A channel counts as much as it shows, a moving latent 1 + moving times as much as a still one."""
+    gain = torch.tensor([1.0, 2.0, 0.0]).view(1, 3, 1, 1, 1)
+    fake = type("VAE", (), dict(decode=lambda self, x: x * gain))()
+    visible = V.visibility(fake, torch.randn(64, 3, 4, 8, 8))
+    assert torch.allclose(visible.flatten(), torch.tensor([0.6, 2.4, 0.0]), atol=0.03)
+    latent = torch.zeros(1, 3, 3, 1, 2)
+    latent[:, :, 1, :, 1], latent[:, :, 2, :, 1] = 5.0, -5.0                         # the right column moves
+    loss = lambda channel, column, **k: sft.StageOne(lambda x, *a: 0 * x, None, **k)(
+        latent, None, None, torch.zeros(1), latent[:, :, 1:] + torch.nn.functional.one_hot(
+            torch.tensor(column), 2) * torch.nn.functional.one_hot(torch.tensor(channel), 3).view(3, 1, 1, 1)).item()
+    assert loss(0, 0) == loss(1, 1) > 0 == loss(2, 1, visible=visible)
+    assert loss(1, 0, visible=visible) == pytest.approx(visible[1].item() * loss(1, 0))
+    assert loss(0, 1, moving=4.0) == pytest.approx(5 * loss(0, 0, moving=4.0)) == pytest.approx(5 * loss(0, 0))
 
 
 def test_bytes():

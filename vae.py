@@ -341,6 +341,20 @@ def load_vae(path, config=None, device="cpu"):
     return model.to(device).eval().requires_grad_(False)
 
 
+def visibility(vae, latent):
+    """How much of each latent channel a picture shows: E |d video / d channel|^2, mean 1 -> (C, 1, 1, 1).
+
+    latent (B, C, 1+k, h, w): a few clips to measure it on. All channels have variance one, and those that hardly show
+    are the hardest to predict: a model that is trained in latents without this weight works mostly for them. One random
+    projection of the video gives all channels in one backward pass."""
+    latent = latent.float().requires_grad_()                                                        # (B, C, 1+k, h, w)
+    video = vae.decode(latent)
+    random = torch.randn(video.shape, generator=common.generator("visibility")).to(video)
+    gradient, = torch.autograd.grad(video, latent, random)
+    power = gradient[:, :, 1:].square().mean((0, 2, 3, 4))
+    return (power / power.mean()).view(-1, 1, 1, 1)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # training the nano VAE
 
