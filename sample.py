@@ -24,7 +24,7 @@ from tqdm import tqdm
 import common
 from common import InputError
 
-DEFAULT_STAGE, DEFAULT_GUIDE = 3, 2.0              # the best on the val split, see data/RESULTS.md
+DEFAULT_STAGE, DEFAULT_GUIDE = 3, 1.5              # the best on the val split, see data/RESULTS.md
 
 
 @dataclass
@@ -112,7 +112,7 @@ class Config:
     frames: int = 25                # 1 + 4k; the nano model was trained on 25 (at 16 fps)
     steps: int = 12                 # sampler steps
     cfg: float = 1.0                # guidance on the text; 1 is off
-    guide: float = 0.0              # guidance away from a weaker model's mistakes; 1 is off; 0: 2, or 1 with --ckpt
+    guide: float = 0.0              # guidance away from a weaker model's mistakes; 1 is off; 0: 1.5, or 1 with --ckpt
     shift: float = 3.0              # > 1 spends more of the steps near noise
     solver: str = "ab2"             # ab2 (second order) or euler
     stage: int = 0                  # 1 SFT, 2 + DPO on the DiT, 3 + DPO on the PhysEncoder; 0: 3, or 1 with --ckpt
