@@ -907,7 +907,7 @@ def test_sample_command(tmp_path):
 
 def test_shipped_model_listens():
     """Image, prompt and physical tokens each change the video that the shipped weights make; and things do fall."""
-    models = sample.load_models(f"{HERE}/data", 1)
+    models = sample.load_models(f"{HERE}/data", 1, weak=True)
     batch = simdata.make_batch("drop", 4, 77, "val")
     image, captions = batch["video"][:, :, 0], batch["caption"]
     keys = [("t", i) for i in range(4)]
@@ -917,6 +917,8 @@ def test_shipped_model_listens():
     assert (video[2:] - alone).abs().mean() < 0.01                               # but for rounding
     assert (sample.generate(models, image.flip(0), captions, keys, steps=8) - video).abs().mean() > 0.01
     assert (sample.generate(models, image, ["a green clay box rests"] * 4, keys, steps=8) - video).abs().max() > 0.02
+    guided = sample.generate(models, image, captions, keys, steps=8, guide=sample.DEFAULT_GUIDE)
+    assert 0.005 < (guided - video).abs().mean() < 0.2
     deaf = sample.Models(models.vae, lambda x, grid: torch.zeros(len(x), grid[0] * grid[1], 256), models.dit)
     assert (sample.generate(deaf, image, captions, keys, steps=8) - video).abs().max() > 0.02
     metrics, still = judge.measure(video, batch), judge.measure(image[:, :, None].expand_as(video), batch)
@@ -937,7 +939,7 @@ def test_bad_input_is_refused(tmp_path):
         refused("sample.py", argument, data, cwd=tmp_path, says=says)
     for flag, says in (("--steps=0", "range"), ("--steps=many", "integer"), ("--colour=red", "unknown"),
                        ("--frames=24", "25"), ("--out=nowhere/a.mp4", "does not exist"),
-                       ("--out=a.avi", "mp4"), ("--solver=rk9", "ab2"),
+                       ("--out=a.avi", "mp4"), ("--guide=-1", "range"), ("--solver=rk9", "ab2"),
                        ("--ckpt=cut.safetensors", "truncated"), (f"--ckpt={HERE}/data/vae.safetensors", "DiT"),
                        ("--data=folder", "does not exist"), ("--device=quantum", "cuda")):
         refused("sample.py", "ok.png", *([] if flag.startswith("--data") else [data]), flag, cwd=tmp_path, says=says)
@@ -945,6 +947,7 @@ def test_bad_input_is_refused(tmp_path):
     refused("eval.py", "--split=train", cwd=tmp_path, says="val or test")
     refused("dpo.py", "--stages=4", cwd=tmp_path, says="2,3")
     refused("sft.py", "--batch=5", "--accumulate=2", cwd=tmp_path, says="multiple")
+    refused("sft.py", "--model=wan1.3b", cwd=tmp_path, says="nano or guide")
     refused("vae.py", "--window=12", cwd=tmp_path, says="4k")
     refused("simdata.py", "--split=dev", cwd=tmp_path, says="train")
     assert not (tmp_path / "out/text.mp4").exists() and not [f for f in os.listdir(tmp_path) if f.startswith(".tmp")]
