@@ -122,8 +122,8 @@ def setup(device="auto"):
     except (RuntimeError, AssertionError, NotImplementedError):
         raise InputError(f"--device={device} is not usable here; expected auto, cuda, mps or cpu") from None
     with contextlib.suppress(OSError, AttributeError):
-        # glibc gives every freed activation back to the system and faults it in again a moment later, some 30,000
-        # page faults a training step. M_MMAP_MAX (-4) and M_TRIM_THRESHOLD (-1) make it keep them.
+        # glibc gives every freed activation back to the system and faults it in again a moment later.
+        # M_MMAP_MAX (-4) and M_TRIM_THRESHOLD (-1) make it keep them.
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-4, 0), mallopt(-1, 2**31 - 1)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
