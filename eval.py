@@ -391,7 +391,7 @@ def main():
     if not set(cfg.stages.split(",")) <= {"1", "2", "3"}:
         raise common.InputError(f"--stages={cfg.stages}: expected some of 1,2,3, separated by commas")
     device, _, _ = common.setup(cfg.device)
-    guide = cfg.guide or (1 if cfg.ckpt or cfg.head else sample.DEFAULT_GUIDE)
+    guide = sample.guidance(cfg)
     models = {f"Stage {'I' * int(s)}": sample.load_models(cfg.data, int(s), cfg.ckpt, cfg.head, device, guide != 1)
               for s in cfg.stages.split(",")}
     result, clips = {}, {}

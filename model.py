@@ -333,7 +333,7 @@ def flow_loss(model, x0, text, image, phys, t, eps, weight=1.0):
 @torch.no_grad()
 def sample(model, image, text, phys, noise, steps=20, shift=3.0, cfg=1.0, text_null=None, solver="ab2", progress=None,
            weak=None, guide=1.0):
-    """Integrate dx/dt = v from noise at t = 1 to a clip at t = 0, one network call a step (two with guidance).
+    """Integrate dx/dt = v from noise at t = 1 to a clip at t = 0, one network call a step (and one for each guidance).
 
     noise (B, C, k, H, W), drawn outside (common.randn); image, text, phys as in VideoDiT.forward -> x0 (B, C, k, H, W).
     cfg: 1 is off; else v = v_null + cfg (v_text - v_null), where null has the text `text_null` and all else the same.

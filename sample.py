@@ -88,7 +88,8 @@ def generate(models, image, captions, keys, frames=25, steps=12, shift=3.0, cfg=
              guide=1.0):
     """image (B, 3, H, W) in [-1, 1], B captions, B noise keys (int or tuple) -> video (B, 3, frames, H, W) in [-1, 1].
 
-    The noise of a clip depends on its key alone, not on the batch, the rank or the device."""
+    cfg guides by the text, guide away from models.weak, as in model.sample. The noise of a clip depends on its key
+    alone, not on the batch, the rank or the device."""
     from model import bytes_to_tokens
     device = image.device
     with common.autocast(device):
@@ -123,6 +124,11 @@ class Config:
     device: str = "auto"            # auto, cuda, mps or cpu
 
 
+def guidance(cfg):
+    """What --guide=0 means: the default suits the shipped weights, other ones go unguided."""
+    return cfg.guide or (1.0 if cfg.ckpt or cfg.head else DEFAULT_GUIDE)
+
+
 def main():
     began = time.time()
     cfg = common.parse_config(Config, sys.argv[1:], positional="image")
@@ -151,7 +157,7 @@ def main():
 
     device, _, _ = common.setup(cfg.device)
     stage = cfg.stage or (1 if cfg.ckpt or cfg.head else DEFAULT_STAGE)
-    guide = cfg.guide or (1 if cfg.ckpt or cfg.head else DEFAULT_GUIDE)
+    guide = guidance(cfg)
     models = load_models(cfg.data, stage, cfg.ckpt, cfg.head, device, weak=guide != 1)
     from model import BYTES
     if len(prompt.encode(errors="replace")) > BYTES:

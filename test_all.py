@@ -499,6 +499,13 @@ def test_guidance():
             go(**wrong)
 
 
+def test_training_scenes_are_crowded():
+    share = lambda split: simdata.make_scene("drop", 2000, 0, split)[0]["alive"].sum(1).bincount(minlength=4)[1:] / 2000
+    assert (share("train") - torch.tensor([0.28, 0.34, 0.38])).abs().max() < 0.03     # of one, two, three bodies
+    for split in ("val", "test"):
+        assert (share(split) - torch.tensor([0.44, 0.39, 0.17])).abs().max() < 0.03
+
+
 def test_loss_weights():
     """A channel counts as much as it shows, a moving latent 1 + moving times as much as a still one."""
     gain = torch.tensor([1.0, 2.0, 0.0]).view(1, 3, 1, 1, 1)
@@ -601,6 +608,8 @@ def test_dpo_starts_at_ln_2_and_pulls_the_right_way():
     optimizer.step()
     with torch.no_grad():
         new_w, new_l = policy(*inputs)
+        policy.visible = 2.0                       # channels weigh what they show, in the preference as well
+        assert torch.allclose(policy(*inputs)[0], 2 * new_w)
     assert dpo.dpo_loss(new_w, new_l, ref_w, ref_l, 2000.0).mean() < math.log(2)
     assert dpo.dpo_loss(torch.tensor([0.1]), torch.tensor([0.3]), torch.tensor([0.2]), torch.tensor([0.2]),
                         100.0) < math.log(2)
@@ -896,7 +905,13 @@ def test_sample_command(tmp_path):
     assert Image.open(tmp_path / "c.gif").n_frames == 25 and Image.open(tmp_path / "d.webp").n_frames == 25
     # the shipped LoRA must not be put onto another DiT
     other = (f"--data={HERE}/data", f"--ckpt={HERE}/data/dit.safetensors", "--steps=1")
-    assert "stage 1" in run("sample.py", f"{HERE}/data/drop.png", *other, cwd=tmp_path).stdout
+    assert "stage 1" in run("sample.py", f"{HERE}/data/drop.png", *other, "--out=e.gif", cwd=tmp_path).stdout
+    # and the guide is for the shipped DiT
+    run("sample.py", f"{HERE}/data/drop.png", other[0], "--steps=1", "--stage=1", "--guide=1", "--out=f.gif",
+        cwd=tmp_path)
+    assert (tmp_path / "e.gif").read_bytes() == (tmp_path / "f.gif").read_bytes()
+    assert sample.guidance(sample.Config()) == sample.guidance(judge.Config()) == sample.DEFAULT_GUIDE != 1
+    assert sample.guidance(judge.Config(ckpt="x")) == 1 and sample.guidance(sample.Config(ckpt="x", guide=3.0)) == 3
     with pytest.raises(InputError):
         sample.load_models(f"{HERE}/data", 3, ckpt=f"{HERE}/data/dit.safetensors")
     done = run("sample.py", f"{HERE}/data/drop.png", f"--data={HERE}/data", "--n=3", "--steps=2", "--scale=1",
