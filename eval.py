@@ -313,7 +313,7 @@ def reference_rows(batch, again, vae, device):
 
 @torch.no_grad()
 def evaluate(models, split, n, seed=0, unseen=False, scenario="drop", best_of=1, references=True, chunk=64, steps=12,
-             guide=1.0):
+             guide=1.0, temperature=1.0):
     """Generate and measure n scenes of a split. models: {row name: sample.Models}. -> {row: {metric: (n,) tensor}}.
 
     best_of > 1 adds the row "<name>, oracle best of k": the sample of lowest traj_l2, what choosing could reach."""
@@ -329,8 +329,8 @@ def evaluate(models, split, n, seed=0, unseen=False, scenario="drop", best_of=1,
         for name, m in models.items():
             keys = [[(split, int(unseen), seed, start + i, k) for i in range(size)] for k in range(best_of)]
             image = batch["video"][:, :, 0].to(device)
-            draws = torch.stack([sample.generate(m, image, batch["caption"], key, steps=steps, guide=guide).cpu()
-                                 for key in keys])
+            draws = torch.stack([sample.generate(m, image, batch["caption"], key, steps=steps, guide=guide,
+                                                 temperature=temperature).cpu() for key in keys])
             videos[name] = draws[0]
             if best_of > 1:
                 error = torch.stack([measure(v, batch, detail=False)["traj_l2"].nan_to_num(1) for v in draws])
@@ -372,6 +372,7 @@ class Config:
     seed: int = 0                   # which scenes
     steps: int = 12                 # sampler steps
     guide: float = 0.0              # guidance away from a weaker model's mistakes; 1 is off; 0: as sample.py has it
+    temperature: float = sample.DEFAULT_TEMPERATURE  # scale of the initial noise
     best_of: int = 1                # > 1 adds the oracle row: the best of k seeds by the truth
     references: bool = True         # the rows that say what a number means
     chunk: int = 64                 # scenes at a time
@@ -381,7 +382,8 @@ class Config:
 
 def main():
     cfg = common.parse_config(Config, sys.argv[1:])
-    common.check_range(cfg, n=(1, 10**6), steps=(1, 1000), guide=(0, 30), best_of=(1, 64), chunk=(1, 4096))
+    common.check_range(cfg, n=(1, 10**6), steps=(1, 1000), guide=(0, 30), temperature=(0, 2), best_of=(1, 64),
+                       chunk=(1, 4096))
     if cfg.scenario not in simdata.SCENARIOS:
         raise common.InputError(f"--scenario={cfg.scenario}: expected one of {', '.join(simdata.SCENARIOS)}")
     if cfg.json:
@@ -397,7 +399,8 @@ def main():
     result, clips = {}, {}
     for name, unseen in (("seen", False), ("unseen", True)):
         clips[name] = evaluate(models, cfg.split, cfg.n, cfg.seed, unseen, cfg.scenario, best_of=cfg.best_of,
-                               references=cfg.references, chunk=cfg.chunk, steps=cfg.steps, guide=guide)
+                               references=cfg.references, chunk=cfg.chunk, steps=cfg.steps, guide=guide,
+                               temperature=cfg.temperature)
         for row, per_clip in clips[name].items():
             result.setdefault(row, {})[name] = summary(per_clip)
     stages = list(models)

@@ -310,6 +310,9 @@ def add_phys(model):
 # ----------------------------------------------------------------------------------------------------------------------
 # the objective and the sampler
 
+GUIDE_ABOVE = 0.8                                  # later, guidance only doubles bodies (data/RESULTS.md)
+
+
 def shift_time(t, shift):
     """Move times in [0, 1] towards noise, ends fixed: s t / (1 + (s - 1) t). Larger latents need more (SD3, Eq. 23)."""
     return shift * t / (1 + (shift - 1) * t)
@@ -339,6 +342,7 @@ def sample(model, image, text, phys, noise, steps=20, shift=3.0, cfg=1.0, text_n
     cfg: 1 is off; else v = v_null + cfg (v_text - v_null), where null has the text `text_null` and all else the same.
     guide: 1 is off; else v = v_weak + guide (v - v_weak), away from the mistakes of `weak`, a smaller and less trained
     model without physical tokens: what it does wrong, the model does too, only less (autoguidance, arXiv 2406.02507).
+    Only while t > GUIDE_ABOVE, where it is decided who goes where (guidance interval, arXiv 2404.07724).
     solver: "euler", or "ab2": Adams-Bashforth, the velocity extrapolated to the middle of the step from the last two
     calls, second order at Euler's price. progress(done, steps) is called after each step. Raises InputError."""
     if solver not in ("euler", "ab2") or steps < 1 or shift <= 0:
@@ -355,11 +359,14 @@ def sample(model, image, text, phys, noise, steps=20, shift=3.0, cfg=1.0, text_n
         if cfg != 1:
             null = model(x, t, text_null, image, phys)
             v = null + cfg * (v - null)
-        if guide != 1:
+        guided = guide != 1 and times[i] > GUIDE_ABOVE
+        if guided:
             bad = weak(x, t, text, image)
             v = bad + guide * (v - bad)
-        middle = v if solver == "euler" or i == 0 else v + dt / (2 * dt_last) * (v - v_last)
-        x, v_last, dt_last = x + dt * middle, v, dt
+        # one velocity in, or where guidance ends, there is nothing to extrapolate from
+        euler = solver == "euler" or i == 0 or guided != guided_last
+        middle = v if euler else v + dt / (2 * dt_last) * (v - v_last)
+        x, v_last, dt_last, guided_last = x + dt * middle, v, dt, guided
         if progress:
             progress(i + 1, steps)
     return x

@@ -24,7 +24,7 @@ from tqdm import tqdm
 import common
 from common import InputError
 
-DEFAULT_STAGE, DEFAULT_GUIDE = 3, 1.5              # the best on the val split, see data/RESULTS.md
+DEFAULT_STAGE, DEFAULT_GUIDE, DEFAULT_TEMPERATURE = 3, 2.5, 0.3  # the best on the val split, see data/RESULTS.md
 
 
 @dataclass
@@ -74,22 +74,23 @@ def load_models(data="data", stage=1, ckpt="", head="", device="cpu", weak=False
 
 @torch.no_grad()
 def generate_latent(models, image, text, phys, keys, frames=25, steps=12, shift=3.0, cfg=1.0, solver="ab2",
-                    progress=None, guide=1.0):
+                    progress=None, guide=1.0, temperature=1.0):
     """The denoising loop alone: image (B, C, 1, h, w) latent, tokens, physical tokens -> latent frames 1..k."""
     from model import bytes_to_tokens, sample
     B, C, _, h, w = image.shape
-    noise = common.randn((C, (frames - 1) // 4, h, w), keys).to(image)
+    noise = temperature * common.randn((C, (frames - 1) // 4, h, w), keys).to(image)
     null = bytes_to_tokens([""] * B).to(image.device) if cfg != 1 else None
     return sample(models.dit, image, text, phys, noise, steps, shift, cfg, null, solver, progress, models.weak, guide)
 
 
 @torch.no_grad()
 def generate(models, image, captions, keys, frames=25, steps=12, shift=3.0, cfg=1.0, solver="ab2", progress=None,
-             guide=1.0):
+             guide=1.0, temperature=1.0):
     """image (B, 3, H, W) in [-1, 1], B captions, B noise keys (int or tuple) -> video (B, 3, frames, H, W) in [-1, 1].
 
     cfg guides by the text, guide away from models.weak, as in model.sample. The noise of a clip depends on its key
-    alone, not on the batch, the rank or the device."""
+    alone, not on the batch, the rank or the device; its scale is the temperature: 1 samples what the model was trained
+    on, less leans towards the likeliest future, and seeds differ less."""
     from model import bytes_to_tokens
     device = image.device
     with common.autocast(device):
@@ -98,7 +99,7 @@ def generate(models, image, captions, keys, frames=25, steps=12, shift=3.0, cfg=
         phys = models.encoder(image, grid) if models.encoder is not None else None                  # (B, P, D)
         text = bytes_to_tokens(captions).to(device)
         x0 = generate_latent(models, first, text, phys, keys, frames, steps, shift, cfg, solver, progress,
-                             guide)
+                             guide, temperature)
         video = models.vae.decode(torch.cat([first, x0], 2))
     return torch.cat([image[:, :, None], video[:, :, 1:]], 2)                        # frame 0 is the image, exactly
 
@@ -113,7 +114,8 @@ class Config:
     frames: int = 25                # 1 + 4k; the nano model was trained on 25 (at 16 fps)
     steps: int = 12                 # sampler steps
     cfg: float = 1.0                # guidance on the text; 1 is off
-    guide: float = 0.0              # guidance away from a weaker model's mistakes; 1 is off; 0: 1.5, or 1 with --ckpt
+    guide: float = 0.0              # guidance away from a weaker model's mistakes; 1 is off; 0: 2.5, or 1 with --ckpt
+    temperature: float = DEFAULT_TEMPERATURE  # scale of the initial noise: 1 is all that can happen, 0 one future
     shift: float = 3.0              # > 1 spends more of the steps near noise
     solver: str = "ab2"             # ab2 (second order) or euler
     stage: int = 0                  # 1 SFT, 2 + DPO on the DiT, 3 + DPO on the PhysEncoder; 0: 3, or 1 with --ckpt
@@ -134,7 +136,7 @@ def main():
     cfg = common.parse_config(Config, sys.argv[1:], positional="image")
     if not cfg.image:
         raise InputError("which image? For example: python sample.py data/drop.png")
-    common.check_range(cfg, n=(1, 64), frames=(5, 101), steps=(1, 1000), cfg=(0, 30), guide=(0, 30),
+    common.check_range(cfg, n=(1, 64), frames=(5, 101), steps=(1, 1000), cfg=(0, 30), guide=(0, 30), temperature=(0, 2),
                        shift=(0.01, 100), stage=(0, 3), scale=(1, 16))
     if cfg.frames % 4 != 1:
         k = cfg.frames // 4
@@ -166,7 +168,7 @@ def main():
     with tqdm(total=cfg.steps, desc="sampling", unit="step") as bar:
         video = generate(models, image.to(device).expand(cfg.n, -1, -1, -1), [prompt] * cfg.n,
                          [cfg.seed + i for i in range(cfg.n)], cfg.frames, cfg.steps, cfg.shift, cfg.cfg, cfg.solver,
-                         progress=lambda done, total: bar.update(1), guide=guide)
+                         progress=lambda done, total: bar.update(1), guide=guide, temperature=cfg.temperature)
     sampled = time.time()
     common.write_video(out, common.grid([common.to_uint8(v) for v in video], min(cfg.n, 4)), fps=16, scale=cfg.scale)
     print(f"prompt: {prompt or '(none)'}")

@@ -488,12 +488,13 @@ def test_order_of_the_solvers():
 
 
 def test_guidance():
-    """Text guidance changes the text alone; autoguidance asks the weak model at the same point."""
+    """Text guidance changes the text alone; autoguidance asks the weak model at the same point, near noise only."""
     f = lambda x, t, text, *a: x * 0 + text
     go = lambda **k: M.sample(f, None, 2.0, None, torch.zeros(1, 1, 1, 1, 1), steps=3, **k).item()
     assert abs(go() + 2) < 1e-6 and abs(go(cfg=3.0, text_null=1.0) + 4) < 1e-6
     weak = lambda x, t, text, image: x * 0 + text - 0.5
-    assert abs(go(weak=weak, guide=3.0) + 3) < 1e-6 and abs(go(weak=weak) + 2) < 1e-6
+    # shifted times 1, 0.86, 0.6, 0: v is 3 for the first two steps, then 2, and not extrapolated across the edge
+    assert abs(go(weak=weak, guide=3.0) + 3 * 0.4 + 2 * 0.6) < 1e-6 and abs(go(weak=weak) + 2) < 1e-6
     for wrong in (dict(cfg=3.0), dict(guide=3.0)):
         with pytest.raises(InputError):
             go(**wrong)
@@ -934,6 +935,10 @@ def test_shipped_model_listens():
     assert (sample.generate(models, image, ["a green clay box rests"] * 4, keys, steps=8) - video).abs().max() > 0.02
     guided = sample.generate(models, image, captions, keys, steps=8, guide=sample.DEFAULT_GUIDE)
     assert 0.005 < (guided - video).abs().mean() < 0.2
+    # a lower temperature brings two seeds closer together, not into one
+    spread = lambda T: (sample.generate(models, image, captions, keys, steps=8, temperature=T) - sample.generate(
+        models, image, captions, [("u", i) for i in range(4)], steps=8, temperature=T)).abs().mean()
+    assert 0.1 * spread(1.0) < spread(sample.DEFAULT_TEMPERATURE) < 0.8 * spread(1.0) and spread(0.0) == 0
     deaf = sample.Models(models.vae, lambda x, grid: torch.zeros(len(x), grid[0] * grid[1], 256), models.dit)
     assert (sample.generate(deaf, image, captions, keys, steps=8) - video).abs().max() > 0.02
     metrics, still = judge.measure(video, batch), judge.measure(image[:, :, None].expand_as(video), batch)
