@@ -19,7 +19,8 @@ from dataclasses import dataclass
 
 import torch
 
-SHAPES = ("sphere", "box")
+SHAPES = ("sphere", "box", "cylinder", "capsule")   # the last two along z; half extents are those of their bounding box
+SPHERE, BOX, CYLINDER, CAPSULE = range(4)
 TILE = 0.25                                        # m: the floor's tiles fix the metric scale in every picture
 RATE = 240                                         # Hz, substeps (rounded up to a multiple of the frame rate)
 DEEP = 0.02                                        # m; a clip with a contact as deep gets more solver iterations
@@ -112,19 +113,42 @@ def dot(a, b):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# shapes
+
+def volume(shape, h):
+    """Shapes (...,) of half extents h (..., 3) m -> (...,) m^3."""
+    rod = math.pi * h[..., 0] ** 2
+    each = torch.stack([4 / 3 * rod * h[..., 0], 8 * h.prod(-1), 2 * rod * h[..., 2],
+                        2 * rod * (h[..., 2] - h[..., 0] / 3)], -1)                  # a capsule: a ball, pulled apart
+    return each.gather(-1, shape[..., None])[..., 0]
+
+
+def principal_inertia(shape, h, mass):
+    """Moments of inertia (..., 3) kg m^2 about the body's own axes, of solid bodies; shape, mass (...,), h (..., 3)."""
+    x, y, z = h.square().unbind(-1)
+    r, l = h[..., 0], h[..., 2] - h[..., 0]        # a capsule: a cylinder of half length l and two half balls
+    tube = l / (l + 2 / 3 * r).clamp_min(1e-12)    # the cylinder's share of the mass
+    side = tube * (x / 4 + l * l / 3) + (1 - tube) * (0.4 * x + 0.75 * r * l + l * l)
+    each = torch.stack([torch.stack([0.4 * x, 0.4 * x, 0.4 * x], -1),
+                        torch.stack([y + z, x + z, x + y], -1) / 3,
+                        torch.stack([x / 4 + z / 3, x / 4 + z / 3, x / 2], -1),
+                        torch.stack([side, side, tube * x / 2 + (1 - tube) * 0.4 * x], -1)], -2)
+    return mass[..., None] * each.gather(-2, shape[..., None, None].expand(*shape.shape, 1, 3))[..., 0, :]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # scenarios: draws -> bodies. A scenario says only what lies where; look() adds camera, light and floor
 
 def bodies(shape, half_extents, material, position, rotation, alive, hue, tone, falls):
     """Fill in what follows from shape, size and material. All (B, N, ...); -> the scene dict that simulate() takes."""
     table = torch.tensor([m[:3] for m in MATERIALS.values()], device=shape.device)
     density, restitution, friction = table[material].unbind(-1)                                     # (B, N)
-    volume = torch.where(shape == 0, 4 / 3 * math.pi, 8.0) * half_extents.prod(-1)
     zeros = torch.zeros_like(position)
     rgb = ((hue[..., None] / 60 + torch.tensor([5.0, 3.0, 1.0], device=hue.device)) % 6)            # HSV to RGB
     rgb = tone[..., :1] * (1 - tone[..., 1:] * torch.minimum(rgb, 4 - rgb).clamp(0, 1))
     return dict(shape=shape, half_extents=half_extents, material=material, position=position, rotation=rotation,
                 velocity=zeros, angular_velocity=zeros.clone(), alive=alive, dynamic=alive.clone(), falls=falls & alive,
-                mass=density * volume, restitution=restitution, friction=friction, hue=hue, color=rgb)
+                mass=density * volume(shape, half_extents), restitution=restitution, friction=friction, hue=hue, color=rgb)
 
 
 def drop(draw, unseen):
@@ -225,152 +249,218 @@ def captions(scene):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# contacts: fixed slots. Eight points a body against the floor; per pair 8 + 8 points against the other's signed
-# distance and 12 edges of the first that cut an edge of the second
+# contacts. Every shape is a box grown by a radius (a ball's and a capsule's box is a point and a segment; a cylinder's
+# is one in the coordinates "distance from the axis, 0, z"), so one signed distance serves all. Per body 8 points touch
+# the floor; of each of a pair, 8 points and 12 edges touch the other. Scenes are a flat list of bodies: body n of clip b
+# is b * N + n, and the world, which never moves, is the last.
 
 CORNERS = torch.tensor([[x, y, z] for x in (-1.0, 1.0) for y in (-1.0, 1.0) for z in (-1.0, 1.0)])
 EDGES = torch.tensor([[a, b] for a in range(8) for b in range(a + 1, 8) if (CORNERS[a] != CORNERS[b]).sum() == 1])
-KEEP = 16                                          # contacts kept a scene, deepest first: three boxes flat need 12
+RING = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+ROUND = 0.02                                       # corners are inset and rounded by this share of the thinnest half
+SOFT = 0.08                                        # and edges, against edges, by this one
 
 
-def _distance(p, shape, h):
-    """Signed distance of points p (B, P, K, 3), in the body's frame, to sphere or box h (B, P, 3) -> gap, normal."""
-    h, ball = h[:, :, None], (shape == 0)[:, :, None]
-    far = p.norm(dim=-1).clamp_min(1e-9)
-    q = p.abs() - h
-    outside = q.clamp_min(0)
-    length = outside.norm(dim=-1)
-    deepest = torch.nn.functional.one_hot(q.argmax(-1), 3).to(p)                     # nearest face, for points inside
-    gap = torch.where(ball, far - h[..., 0], torch.where(length > 0, length, q.amax(-1)))
-    normal = torch.where((length > 0)[..., None], outside / length.clamp_min(1e-9)[..., None], deepest) * p.sign()
-    return gap, torch.where(ball[..., None], p / far[..., None], normal)
-
-
-def _edges(a, b, h):
-    """Segments a to b (B, P, E, 3), in the frame of box h (B, P, 3), that pass through it near one of its edges.
-
-    -> contact point, gap (positive where there is none), normal. The point is the middle of the chord."""
-    h, d = h[:, :, None], b - a
-    inverse = 1 / torch.where(d.abs() < 1e-9, 1e-9, d)
-    t0, t1 = (-h - a) * inverse, (h - a) * inverse
-    enter, leave = torch.minimum(t0, t1).amax(-1), torch.maximum(t0, t1).amin(-1)
-    p = a + d * ((enter + leave) / 2)[..., None]
-    # the box's edge in question runs along the axis whose face is farthest; both edges span the contact plane
-    along = torch.nn.functional.one_hot((h - p.abs()).argmax(-1), 3).to(p)
-    normal = cross(d, along)
-    normal = normal / normal.norm(dim=-1, keepdim=True).clamp_min(1e-9)
-    normal = normal * dot(normal, p).sign()[..., None]
-    depth = dot(normal, (h * p.sign() - p) * (1 - along))
-    crosses = (enter > 0) & (enter < leave) & (leave < 1) & (depth > 0)
-    return p, torch.where(crosses, -depth, 1.0), normal
+def _bound(shape, h):
+    """Radius of the smallest ball around the centre of each body; shape (...,), half extents (..., 3) -> (...,)."""
+    return torch.where(shape == BOX, h.norm(dim=-1),
+                       torch.where(shape == CYLINDER, h[..., ::2].norm(dim=-1), h.amax(-1)))
 
 
 class Contacts:
-    """All possible contacts of a batch of scenes; detect() returns the deepest KEEP of them."""
+    """All possible contacts of a batch of scenes; detect() returns those that touch."""
     def __init__(self, scene):
         B, N = scene["shape"].shape
         device = scene["shape"].device
-        self.scene, self.N = scene, N
-        self.box = scene["shape"] == 1
-        self.corners, self.edges = CORNERS.to(device), EDGES.to(device)
-        self.i, self.j = torch.triu_indices(N, N, 1, device=device)
-        n = torch.arange(N, device=device).repeat_interleave(8)
-        i, j = self.i.repeat_interleave(28), self.j.repeat_interleave(28)
-        self.a, self.b = torch.cat([n, i]), torch.cat([torch.full_like(n, N), j])    # body N is the world
-        solid = torch.cat([scene["alive"], torch.ones_like(scene["alive"][:, :1])], 1)
-        moves = torch.cat([scene["dynamic"], torch.zeros_like(scene["dynamic"][:, :1])], 1)
-        self.possible = solid[:, self.a] & solid[:, self.b] & (moves[:, self.a] | moves[:, self.b])  # (B, C)
-        one = torch.ones_like(scene["restitution"][:, :1])                           # the floor multiplies by one
-        e, mu = torch.cat([scene["restitution"], one], 1), torch.cat([scene["friction"], one], 1)
-        self.e, self.mu = e[:, self.a] * e[:, self.b], mu[:, self.a] * mu[:, self.b]                # (B, C)
+        flat = lambda t: t.flatten(0, 1)
+        self.world = B * N
+        self.shape, self.h = shape, h = flat(scene["shape"]), flat(scene["half_extents"])
+        self.bound = _bound(shape, h)
+        smooth = (shape == SPHERE) | (shape == CAPSULE)
+        self.radius = torch.where(smooth, h[:, 0], 0.0)                                             # (M,)
+        self.core = h - self.radius[:, None]                                                        # (M, 3)
+        self.points = CORNERS.to(device) * self.core[:, None]                                       # (M, 8, 3)
+        self.core = torch.where((shape == CYLINDER)[:, None], h * torch.tensor([1.0, 1e6, 1.0], device=device), self.core)
+        thin = torch.where(smooth, 0.0, h.amin(-1))
+        self.inset, self.soft = ROUND * thin, SOFT * thin
+        eight = torch.arange(8, device=device)
+        self.used = eight < torch.tensor([1, 8, 8, 2], device=device)[shape][:, None]               # (M, 8)
+        self.edges = EDGES.to(device)
+
+        alive, moves = flat(scene["alive"]), flat(scene["dynamic"] & scene["alive"])
+        self.on_floor = moves.nonzero()[:, 0]
+        # ordered pairs: the features of a against the distance of b
+        i, j = torch.triu_indices(N, N, 1, device=device)
+        first = (torch.arange(B, device=device) * N)[:, None]
+        a, b = (first + torch.cat([i, j])).flatten(), (first + torch.cat([j, i])).flatten()
+        possible = alive[a] & alive[b] & (moves[a] | moves[b])
+        self.a, self.b = a, b = a[possible], b[possible]
+        self.near = (self.bound[a] + self.bound[b]).square()
+        # the same contact is found once: a ball's by its centre, an axis' by the box whose edge it meets
+        A, Z, once = shape[a], shape[b], a < b
+        self.pointed = (Z != SPHERE) | ((A == SPHERE) & once)
+        self.edged = torch.where(A == BOX, Z != SPHERE, torch.where(A == CAPSULE, (Z == CYLINDER) | ((Z == CAPSULE) & once),
+                                                                    (A == CYLINDER) & (Z == CYLINDER) & once))
+        self.slots = self.world * 8 + len(a) * 20
+        one = torch.ones(1, device=device)                                           # the floor multiplies by one
+        self.e, self.mu = torch.cat([flat(scene["restitution"]), one]), torch.cat([flat(scene["friction"]), one])
+
+    def features(self, k, toward):
+        """Points of bodies k (F,) in their own frames -> (F, 8, 3); a cylinder's are the rims', first those `toward`."""
+        tube = self.shape[k] == CYLINDER
+        if not tube.any():
+            return self.points[k]
+        d, h = toward[:, :2], self.h[k]
+        length = d.norm(dim=-1, keepdim=True)
+        d = torch.where(length > 1e-6, d / length.clamp_min(1e-6), RING[0].to(d))
+        across = torch.stack([-d[:, 1], d[:, 0]], -1)
+        ring = h[:, None, :1] * (RING.to(d)[:, :1] * d[:, None] + RING.to(d)[:, 1:] * across[:, None])  # (F, 4, 2)
+        z = h[:, None, 2:].expand(-1, 4, 1)
+        rims = torch.cat([torch.cat([ring, z], -1), torch.cat([ring, -z], -1)], 1)
+        return torch.where(tube[:, None, None], rims, self.points[k])
+
+    def unroll(self, p, k):
+        """Points (F, K, 3) in the frames of bodies k, in a cylinder's case (distance from the axis, 0, z)."""
+        tube = (self.shape[k] == CYLINDER)[:, None]
+        return torch.stack([torch.where(tube, p[..., :2].norm(dim=-1), p[..., 0]),
+                            torch.where(tube, 0.0, p[..., 1]), p[..., 2]], -1)
+
+    def distance(self, p, k, soft):
+        """Signed distance of points p (F, K, 3), in the frames of bodies k (F,), edges rounded by soft (F,).
+
+        -> gap (F, K), outward normal (F, K, 3), and whether the point is outside the core (F, K)."""
+        flat = self.unroll(p, k)
+        q = flat.abs() - (self.core[k] - soft[:, None])[:, None]
+        out = q.clamp_min(0)
+        length = out.norm(dim=-1)
+        outside = length > 0
+        deepest = torch.nn.functional.one_hot(q.argmax(-1), 3).to(p)                 # nearest face, for points inside
+        n = torch.where(outside[..., None], out / length.clamp_min(1e-9)[..., None], deepest)
+        n = torch.where(flat < 0, -n, n)
+        spoke = p[..., :2] / p[..., :2].norm(dim=-1, keepdim=True).clamp_min(1e-9)
+        n = torch.where((self.shape[k] == CYLINDER)[:, None, None], torch.cat([n[..., :1] * spoke, n[..., 2:]], -1), n)
+        return torch.where(outside, length, q.amax(-1)) - (self.radius[k] + soft)[:, None], n, outside
+
+    def nearest(self, p, d, k, soft):
+        """Where on the segments p to p + d (F, E, 3), in the frames of bodies k, is the point nearest to the core?
+
+        -> s (F, E) in [0, 1] and whether it lies inside the segment. The squared distance is convex along it, and for a
+        box its slope is piecewise linear: bisection finds the piece, one secant the root."""
+        core, tube = (self.core[k] - soft[:, None])[:, None], (self.shape[k] == CYLINDER)[:, None]
+
+        def slope(s):
+            at = p + s[..., None] * d
+            flat = self.unroll(at, k)
+            radial = (at[..., :2] * d[..., :2]).sum(-1) / at[..., :2].norm(dim=-1).clamp_min(1e-9)
+            along = torch.stack([torch.where(tube, radial, d[..., 0]), d[..., 1], d[..., 2]], -1)
+            return ((flat.abs() - core).clamp_min(0) * torch.where(flat < 0, -along, along)).sum(-1)
+
+        low, high = torch.zeros_like(p[..., 0]), torch.ones_like(p[..., 0])
+        f_low, f_high = slope(low), slope(high)
+        inside = (f_low < 0) & (f_high > 0)        # else an end is nearest, and ends are corners
+        for _ in range(7):
+            s = (low + high) / 2
+            f = slope(s)
+            # where the slope is zero the segment runs along a face, or through the core: close in on it from both sides
+            low, f_low = torch.where(f <= 0, torch.where(f < 0, s, (low + s) / 2), low), torch.where(f < 0, f, f_low)
+            high, f_high = torch.where(f >= 0, torch.where(f > 0, s, (high + s) / 2), high), torch.where(f > 0, f, f_high)
+        rise = f_high - f_low
+        return torch.where(inside, (low * f_high - high * f_low) / torch.where(inside, rise, 1.0), 0.5), inside
 
     def detect(self, x, R):
-        """Positions (B, N, 3), matrices (B, N, 3, 3) -> slot index (B, K), point (B, K, 3), normal from b to a, gap."""
-        h, box, i, j = self.scene["half_extents"], self.box, self.i, self.j
-        ball = ~box[..., None, None]                                                                # (B, N, 1, 1)
-        local = self.corners * h[:, :, None] * box[..., None, None]                  # a ball's eight points: its centre
-        first = torch.arange(8, device=x.device) == 0
-        radius = torch.where(ball[..., 0], h[..., :1], 0.0)                                         # (B, N, 1)
-        world = x[:, :, None] + rotate(R[:, :, None], local)                                        # (B, N, 8, 3)
+        """Positions (M, 3), matrices (M, 3, 3) -> of each contact: slot, a, b (C,), point, normal from b to a (C, 3), gap."""
+        f = self.on_floor[x[self.on_floor, 2] < self.bound[self.on_floor]]
+        p = x[f, None] + rotate(R[f, None], self.features(f, -R[f, 2]))                             # (F, 8, 3)
+        gap = p[..., 2] - self.radius[f, None]
+        row, k = ((gap < 0) & self.used[f]).nonzero().unbind(1)
+        f, gap = f[row], gap[row, k]
+        up = torch.tensor([0.0, 0.0, 1.0], device=x.device).expand(len(f), 3)
+        floor = f * 8 + k, f, torch.full_like(f, self.world), p[row, k] - up * self.radius[f, None], up, gap
 
-        gap = world[..., 2] - radius
-        gap = torch.where(box[..., None] | first, gap, 1.0)
-        low = world - torch.nn.functional.pad(radius[..., None], (2, 0))             # a ball touches below its centre
-        up = torch.zeros_like(world)
-        up[..., 2] = 1
-        points, gaps, normals = [low.flatten(1, 2)], [gap.flatten(1, 2)], [up.flatten(1, 2)]
+        d = ((x[self.a] - x[self.b]).square().sum(-1) < self.near).nonzero()[:, 0]
+        if not len(d):
+            return floor
+        a, b = self.a[d], self.b[d]
+        turn = R[b].mT @ R[a]                                                                       # a's frame to b's
+        center = rotate(R[b].mT, x[a] - x[b])
+        toward = -rotate(turn.mT, self.distance(center[:, None], b, 0 * self.soft[b])[1][:, 0])
+        corners = self.features(a, toward)                                                          # (P, 8, 3)
+        # two boxes of one size, stacked, have their corners on each other's rims, where nothing is inside: inset them
+        sharp = corners * (1 - self.inset[a, None] / self.h[a])[:, None]
+        sharp = rotate(turn[:, None], sharp) + center[:, None]
+        # a cylinder's edge runs from rim to rim on the side that faces b; a capsule's is its axis
+        ends = [corners[:, self.edges[:, n]] for n in (0, 1)]
+        tube = (self.shape[a] == CYLINDER)[:, None, None]
+        ends[1] = torch.where(tube, corners[:, 4:5], torch.where((self.shape[a] == CAPSULE)[:, None, None], corners[:, 1:2],
+                                                                 ends[1]))
+        ends[0] = torch.where((self.shape[a] == BOX)[:, None, None], ends[0], corners[:, :1])
+        start, end = (rotate(turn[:, None], e) + center[:, None] for e in ends)                     # (P, 12, 3)
+        soft = torch.where(self.radius[a] > 0, 0.0, self.soft[b])
+        s, inside = self.nearest(start, end - start, b, soft)
+        middle = start + s[..., None] * (end - start)
 
-        pair = []
-        for a, b, sign in ((i, j, 1), (j, i, -1)):                                   # points of a against b's shape
-            p = rotate(R[:, b, None].mT, world[:, a] - x[:, b, None])                               # (B, P, 8, 3)
-            g, n = _distance(p, self.scene["shape"][:, b], h[:, b])
-            g = g - radius[:, a]
-            n = rotate(R[:, b, None], n)
-            # a ball counts by its centre, once; a box's corners say nothing that the ball's centre has not said
-            counts = torch.where(box[:, a, None], box[:, b, None], first & (box[:, b, None] | (sign > 0)))
-            point = world[:, a] - n * (radius[:, a] + g / 2)[..., None]
-            pair.append((point, torch.where(counts, g, 1.0), n * sign))
-        p = rotate(R[:, j, None].mT, world[:, i] - x[:, j, None])
-        p, g, n = _edges(p[:, :, self.edges[:, 0]], p[:, :, self.edges[:, 1]], h[:, j])
-        both = (box[:, i] & box[:, j])[..., None]
-        pair.append((x[:, j, None] + rotate(R[:, j, None], p), torch.where(both, g, 1.0), rotate(R[:, j, None], n)))
-        for k, out in enumerate((points, gaps, normals)):
-            out.append(torch.cat([part[k] for part in pair], 2).flatten(1, 2))
-
-        gap = torch.where(self.possible, torch.cat(gaps, 1), 1.0)                                   # (B, C)
-        gap, slot = gap.topk(min(KEEP, gap.shape[1]), 1, largest=False)
-        take = lambda v: v.gather(1, slot[..., None].expand(-1, -1, 3))
-        return slot, take(torch.cat(points, 1)), take(torch.cat(normals, 1)), gap
-
-
-def _solve(v, w, inv_mass, inv_inertia, a, b, ra, rb, n, active, target, mu, impulse, iterations):
-    """Projected Jacobi: impulses that make every active contact separate at >= target speed, within Coulomb's cone.
-
-    v, w (B, N+1, 3); a, b (B, K); ra, rb, n (B, K, 3); impulse (B, K, 3) is the start -> v, w, impulse."""
-    expand = lambda index: index[..., None].expand(-1, -1, 3)
-    at = lambda x, index: x.gather(1, expand(index))
-    mass = lambda index: inv_mass.gather(1, index)
-    inertia = lambda index: inv_inertia.flatten(2).gather(1, index[..., None].expand(-1, -1, 9)).unflatten(2, (3, 3))
-    on_a, on_b = torch.nn.functional.one_hot(a, v.shape[1]).to(v), torch.nn.functional.one_hot(b, v.shape[1]).to(v)
-    ca, cb, Ia, Ib = cross(ra, n), cross(rb, n), inertia(a), inertia(b)
-    w_n = mass(a) + mass(b) + dot(ca, rotate(Ia, ca)) + dot(cb, rotate(Ib, cb))      # inverse mass along the normal
-    # across it: an upper bound for every direction (exact for a ball), so that friction never overshoots
-    w_t = mass(a) + mass(b) + _spin(Ia, ra) + _spin(Ib, rb)
-    live = active.to(v)
-    share = (on_a + on_b) * live[..., None]                                                         # (B, K, N+1)
-    count = share.sum(1)                                                                            # (B, N+1)
-    count[:, -1] = 1                               # the world is not moved, so its contacts need not share it
-    # n contacts on a body have lambda_max(D^-1 A) <= n: dividing by (n + 1) / 2 keeps the iteration convergent
-    relax = (torch.maximum(count.gather(1, a), count.gather(1, b)) + 1) / 2
-    step_n, step_t = live / (relax * w_n).clamp_min(1e-12), live / (relax * w_t).clamp_min(1e-12)
-
-    def apply(v, w, p):
-        out_a, out_b = on_a.mT, on_b.mT                                                             # (B, N+1, K)
-        v = v + inv_mass[..., None] * (out_a @ p - out_b @ p)
-        return v, w + rotate(inv_inertia, out_a @ cross(ra, p) - out_b @ cross(rb, p))
-
-    impulse = impulse * live[..., None]
-    v, w = apply(v, w, impulse)
-    for _ in range(iterations):
-        u = at(v, a) + cross(at(w, a), ra) - at(v, b) - cross(at(w, b), rb)                         # (B, K, 3)
-        u_n = dot(u, n)
-        p_n = dot(impulse, n)
-        new_n = (p_n + step_n * (target - u_n)).clamp_min(0)
-        new_t = impulse - p_n[..., None] * n - step_t[..., None] * (u - u_n[..., None] * n)
-        size = new_t.norm(dim=-1).clamp_min(1e-12)
-        new = new_n[..., None] * n + new_t * (mu * new_n / size).clamp_max(1)[..., None]
-        v, w = apply(v, w, new - impulse)
-        impulse = new
-    return v, w, impulse
+        gap_p, n_p, _ = self.distance(sharp, b, 0 * soft)
+        gap_e, n_e, outside = self.distance(middle, b, soft)
+        gap_p, gap_e = gap_p - (self.radius + self.inset)[a, None], gap_e - self.radius[a, None]
+        single = torch.arange(12, device=x.device) == 0
+        touch_p = (gap_p < 0) & self.used[a] & self.pointed[d, None]
+        touch_e = (gap_e < 0) & inside & outside & (single | (self.shape[a] == BOX)[:, None]) & self.edged[d, None]
+        row, k = torch.cat([touch_p, touch_e], 1).nonzero().unbind(1)
+        gap, n, p = (torch.cat(pair, 1)[row, k] for pair in ((gap_p, gap_e), (n_p, n_e), (sharp, middle)))
+        a, b, d = a[row], b[row], d[row]
+        reach = self.radius[a] + torch.where(k < 8, self.inset[a], 0.0)              # from the feature to a's surface,
+        p = p - n * (reach + gap / 2)[:, None]                                       # and on to half-way between both
+        pair = self.world * 8 + d * 20 + k, a, b, x[b] + rotate(R[b], p), rotate(R[b], n), gap
+        return tuple(torch.cat(both) for both in zip(floor, pair))
 
 
-def _spin(inertia, r):
-    """Upper bound of (r x t) I^-1 (r x t) over unit t: |r|^2 times the largest eigenvalue's row-sum bound."""
-    return inertia.abs().sum(-1).amax(-1) * dot(r, r)
+class Impulses:
+    """Projected Jacobi: impulses that make every contact separate at >= a target speed, within Coulomb's cone."""
+    def __init__(self, a, b, point, n, x, inv_mass, inv_inertia):
+        """Bodies a, b (C,), point and normal (C, 3); of all bodies x (M+1, 3), inv_mass (M+1,), inv_inertia (M+1, 3, 3)."""
+        self.n, self.k = n, torch.cat([a, b])      # both sides of each contact, one after the other: (2C,)
+        self.r = torch.cat([point, point]) - x[self.k]
+        self.m, self.I = inv_mass[self.k, None], inv_inertia[self.k]
+        self.into = (self.k[:, None] * 3 + torch.arange(3, device=x.device)).flatten()             # (6C,)
+        both = lambda y: y[:len(n)] + y[len(n):]
+        arm = cross(self.r, torch.cat([n, n]))
+        w_n = both(self.m[:, 0] + dot(arm, rotate(self.I, arm)))                     # inverse mass along the normal
+        # across it: an upper bound for every direction (exact for a ball), so that friction never overshoots
+        w_t = both(self.m[:, 0] + self.I.abs().sum(-1).amax(-1) * dot(self.r, self.r))
+        count = torch.zeros_like(inv_mass).index_add_(0, self.k, torch.ones_like(self.m[:, 0]))
+        count[-1] = 1                              # the world is not moved, so its contacts need not share it
+        # n contacts on a body have lambda_max(D^-1 A) <= n: dividing by (n + 1) / 2 keeps the iteration convergent
+        relax = (torch.maximum(count[a], count[b]) + 1) / 2
+        self.step_n, self.step_t = 1 / (relax * w_n).clamp_min(1e-12), 1 / (relax * w_t).clamp_min(1e-12)
+
+    def speed(self, v, w):
+        """Velocities (M+1, 3) -> that of a against b at each contact (C, 3)."""
+        u = v[self.k] + cross(w[self.k], self.r)
+        return u[:len(self.n)] - u[len(self.n):]
+
+    def apply(self, v, w, p):
+        p = torch.cat([p, -p])                     # (2C, 3); a flat index_add is many times faster than one of rows
+        v = v.flatten().index_add(0, self.into, (self.m * p).flatten()).view_as(v)
+        return v, w.flatten().index_add(0, self.into, rotate(self.I, cross(self.r, p)).flatten()).view_as(w)
+
+    def solve(self, v, w, target, mu, p, iterations):
+        """Velocities, target speeds (C,), friction (C,), first guess of the impulses (C, 3) -> v, w, impulses."""
+        v, w = self.apply(v, w, p)
+        for _ in range(iterations):
+            u, p_n = self.speed(v, w), dot(p, self.n)
+            u_n = dot(u, self.n)
+            new_n = (p_n + self.step_n * (target - u_n)).clamp_min(0)
+            new_t = p - p_n[:, None] * self.n - self.step_t[:, None] * (u - u_n[:, None] * self.n)
+            size = new_t.norm(dim=-1).clamp_min(1e-12)
+            new = new_n[:, None] * self.n + new_t * (mu * new_n / size).clamp_max(1)[:, None]
+            v, w = self.apply(v, w, new - p)
+            p = new
+        return v, w, p
 
 
 def simulate(scene, frames, fps, gravity=None, rate=RATE):
-    """Run a scene -> dict of position (B, T, N, 3), rotation (B, T, N, 4), velocity, angular_velocity (B, T, N, 3).
+    """Run a scene -> dict of position (B, T, N, 3), rotation (B, T, N, 4), velocity, angular_velocity (B, T, N, 3) and
+    impulse (B, T, N, N+1): N s along the normal that body n got from body m, or from the floor (m = N), since frame t-1.
 
     scene: as from a scenario. gravity: (B, 3) m/s^2, default 9.81 down. Frame 0 is the scene as given.
     Raises ValueError if a body has no positive mass or a number is not finite."""
@@ -379,71 +469,75 @@ def simulate(scene, frames, fps, gravity=None, rate=RATE):
             raise ValueError(f"the scene's {key} has a number that is not finite")
     if (scene["mass"][scene["alive"]] <= 0).any():
         raise ValueError("the scene has a body without positive mass: density and half extents must be positive")
-    x, q, v, w = (scene[k].clone() for k in ("position", "rotation", "velocity", "angular_velocity"))
-    B, N, _ = x.shape
-    g = torch.tensor([0.0, 0.0, -9.81], device=x.device).repeat(B, 1) if gravity is None else gravity
-    g = g[:, None] * scene["dynamic"][..., None]                                                    # (B, N, 3)
+    B, N = scene["shape"].shape
+    M, device = B * N, scene["shape"].device
+    flat = lambda t: torch.nn.functional.pad(t.flatten(0, 1), (0, 0) * (t.ndim - 2) + (0, 1))        # and the world
+    x, q, v, w = (flat(scene[k]) for k in ("position", "rotation", "velocity", "angular_velocity"))
+    g = torch.tensor([0.0, 0.0, -9.81], device=device).repeat(B, 1) if gravity is None else gravity
+    moves = flat(scene["dynamic"] & scene["alive"])
+    g = flat(g[:, None].expand(-1, N, -1)) * moves[:, None]                                         # (M+1, 3)
     steps = math.ceil(rate / fps)
     h = 1 / (fps * steps)
-    m, e = scene["mass"], scene["half_extents"]
-    square = e.square()
-    inertia = m[..., None] * torch.where((scene["shape"] == 0)[..., None], 0.4 * square,
-                                         (square.sum(-1, keepdim=True) - square) / 3)               # (B, N, 3)
-    moves = scene["dynamic"].to(x)
-    inv_mass, inv_body = moves / m.clamp_min(1e-12), moves[..., None] / inertia.clamp_min(1e-12)
-    pad = lambda t: torch.cat([t, torch.zeros_like(t[:, :1])], 1)                    # the world: a body that stays put
-    inv_mass_w, zero = pad(inv_mass), torch.zeros(B, N + 1, 3, device=x.device)
+    inertia = flat(principal_inertia(scene["shape"], scene["half_extents"], scene["mass"]))         # (M+1, 3)
+    inv_mass = moves / flat(scene["mass"]).clamp_min(1e-12)
+    inv_body = moves[:, None] / inertia.clamp_min(1e-12)
     contacts = Contacts(scene)
-    warm = torch.zeros(B, contacts.a.numel(), 3, device=x.device)                    # last impulses, by slot
+    warm, last = torch.zeros(contacts.slots, 3, device=device), None                 # the last impulses, by slot
 
-    def world_inertia(q, diagonal):
+    def world_inertia(q):
         R = quat_to_matrix(q)
-        return R, (R * diagonal[..., None, :]) @ R.mT
+        return R, (R * inv_body[:, None]) @ R.mT
 
-    record = [(x, q, v, w)]
-    R, I_inv = world_inertia(q, inv_body)
+    given = torch.zeros(M * (N + 1), device=device)
+    record = [(x, q, v, w, given)]
+    R, I = world_inertia(q)
     for step in range((frames - 1) * steps):
         x = x + h * v + h * h / 2 * g              # ballistic: exact under constant gravity
         v = v + h * g
         spin = rotate(R, inertia * rotate(R.mT, w))                                  # angular momentum is what is kept
         q = quat_mul(quat_exp(h * w), q)
-        q = q / q.norm(dim=-1, keepdim=True)
-        R, I_inv = world_inertia(q, inv_body)
-        w = rotate(I_inv, spin)
+        q = q / q.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        R, I = world_inertia(q)
+        w = rotate(I, spin)
 
-        slot, point, n, gap = contacts.detect(x, R)
-        active = gap < 0
-        if active.any():
-            a, b = contacts.a[slot], contacts.b[slot]
-            center, g_w, v_w, w_w = pad(x), pad(g), pad(v), pad(w)
-            at = lambda t, index: t.gather(1, index[..., None].expand(-1, -1, 3))
-            ra, rb = point - at(center, a), point - at(center, b)
-            u = at(v_w, a) + cross(at(w_w, a), ra) - at(v_w, b) - cross(at(w_w, b), rb)
-            approach = -dot(u, n)
+        slot, a, b, point, n, gap = contacts.detect(x[:-1], R[:-1])
+        if last is not None:
+            start = warm[slot]
+            warm[last] = 0
+        if len(slot):
+            touch = Impulses(a, b, point, n, x, inv_mass, I)
+            approach = -dot(touch.speed(v, w), n)
             # speed when the surfaces met: what the fall through the gap added is taken away again
-            pull = -dot(at(g_w, a) - at(g_w, b), n)
-            speed = (approach.square() + 2 * pull * gap).clamp_min(0).sqrt()
+            speed = (approach.square() - 2 * dot(g[a] - g[b], n) * gap).clamp_min(0).sqrt()
             bounces = approach > 3 * h * 9.81                                        # slower than that is resting
-            target = torch.where(bounces, contacts.e.gather(1, slot) * speed, 0.0)
-            start = at(warm, slot) * ~bounces[..., None]
-            I_w = pad(I_inv)
-            v_w, w_w, impulse = _solve(v_w, w_w, inv_mass_w, I_w, a, b, ra, rb, n, active, target,
-                                       contacts.mu.gather(1, slot), start, 10)
-            v, w = v_w[:, :N], w_w[:, :N]
-            warm = torch.zeros_like(warm).scatter(1, slot[..., None].expand(-1, -1, 3), impulse)
+            target = torch.where(bounces, contacts.e[a] * contacts.e[b] * speed, 0.0)
+            start = torch.zeros_like(n) if last is None else start * ~bounces[:, None]
+            v, w, p = touch.solve(v, w, target, contacts.mu[a] * contacts.mu[b], start, 10)
+            warm[slot] = p
+            p_n = dot(p, n)
+            for one, other in ((a, b), (b, a)):
+                other = torch.where(other == M, N, other % N)
+                given = torch.nn.functional.pad(given, (0, N + 1)).index_add(0, one * (N + 1) + other, p_n)[:M * (N + 1)]
             # the same solver moves positions: the penetration is the "speed" wanted, friction-free, from zero
-            def free(iterations):
-                return _solve(zero, zero, inv_mass_w, I_w, a, b, ra, rb, n, active, -gap, 0 * gap, 0 * impulse,
-                              iterations)[:2]
-            dx, dq = free(4)
-            deep = (gap < -DEEP).any(1)[:, None, None]
+            push = lambda s, c, iterations: s.solve(torch.zeros_like(x), torch.zeros_like(x), -gap[c], 0 * gap[c],
+                                                    torch.zeros_like(n[c]), iterations)[:2]
+            dx, dq = push(touch, slice(None), 4)
+            deep = torch.zeros(B + 1, dtype=torch.bool, device=device)
+            deep[a[gap < -DEEP] // N] = True
             if deep.any():                         # a light body lies between the floor and a heavy one that hits it
-                dx, dq = (torch.where(deep, many, few) for many, few in zip(free(32), (dx, dq)))
-            x, q = x + dx[:, :N], quat_mul(quat_exp(dq[:, :N]), q)
+                c = deep[a // N]
+                many = push(Impulses(a[c], b[c], point[c], n[c], x, inv_mass, I), c, 32)
+                here = deep[torch.arange(M + 1, device=device) // N, None]
+                dx, dq = (torch.where(here, m, few) for m, few in zip(many, (dx, dq)))
+            x, q = x + dx, quat_mul(quat_exp(dq), q)
+        last = slot
         if (step + 1) % steps == 0:
-            record.append((x, q, v, w))
-    keys = ("position", "rotation", "velocity", "angular_velocity")
-    return {k: torch.stack([r[i] for r in record], 1) for i, k in enumerate(keys)}
+            record.append((x, q, v, w, given))
+            given = torch.zeros_like(given)
+    keys = ("position", "rotation", "velocity", "angular_velocity", "impulse")
+    path = {k: torch.stack([r[i][:M] if k != "impulse" else r[i].view(M, -1) for r in record], 1).unflatten(0, (B, N))
+            .transpose(1, 2).contiguous() for i, k in enumerate(keys)}
+    return path
 
 
 def jitter(scene, camera, draw, pixels=0.5, degrees=5.0):
