@@ -1,5 +1,5 @@
 """
-The world: rigid bodies that fall, bounce, roll and come to rest, and a camera that films them. Batched torch, no
+The world: rigid bodies that fall, bounce, roll, slide and come to rest, and a camera that films them. Batched torch, no
 dependencies, exact ground truth. Every clip follows from its first frame and its caption.
 
     python simdata.py                      # contact sheets and mp4s of every scenario in out/simdata/
@@ -11,7 +11,9 @@ Physics: 240 Hz substeps. Each is an exact ballistic step, then contacts are res
 (accumulated and clamped as in Catto's sequential impulses; body mass split over its contacts, so that the iteration is
 provably convergent and momentum is conserved to rounding), then what is left of the penetration is projected out.
 Restitution uses the approach speed at the surface, sqrt(v^2 - 2 g d), not the one at the end of the substep: without
-that, a bounce would depend on where in the substep it fell. Units are SI, z is up.
+that, a bounce would depend on where in the substep it fell. Forces of resting and sliding act all through a substep, so
+they move bodies by h dv / 2 as well: ramps come out exact to 1e-4 and towers stand. The contacts of a whole batch are one
+flat list, so a scene in flight costs next to nothing. Units are SI, z is up.
 """
 import math
 import sys
@@ -23,6 +25,7 @@ SHAPES = ("sphere", "box", "cylinder", "capsule")   # the last two along z; half
 SPHERE, BOX, CYLINDER, CAPSULE = range(4)
 TILE = 0.25                                        # m: the floor's tiles fix the metric scale in every picture
 RATE = 240                                         # Hz, substeps (rounded up to a multiple of the frame rate)
+SLOP = 2e-4                                        # m; closer than this is touching, so that rest is not a hopping
 DEEP = 0.02                                        # m; a clip with a contact as deep gets more solver iterations
 #             density kg/m^3, restitution, friction, hues in degrees: what behaves differently looks different
 MATERIALS = {"rubber": (1100.0, 0.75, 0.9, (325, 385)),
@@ -148,7 +151,8 @@ def bodies(shape, half_extents, material, position, rotation, alive, hue, tone, 
     rgb = tone[..., :1] * (1 - tone[..., 1:] * torch.minimum(rgb, 4 - rgb).clamp(0, 1))
     return dict(shape=shape, half_extents=half_extents, material=material, position=position, rotation=rotation,
                 velocity=zeros, angular_velocity=zeros.clone(), alive=alive, dynamic=alive.clone(), falls=falls & alive,
-                mass=density * volume(shape, half_extents), restitution=restitution, friction=friction, hue=hue, color=rgb)
+                mass=density * volume(shape, half_extents), restitution=restitution, friction=friction, hue=hue,
+                color=rgb)
 
 
 def drop(draw, unseen):
@@ -251,14 +255,15 @@ def captions(scene):
 # ----------------------------------------------------------------------------------------------------------------------
 # contacts. Every shape is a box grown by a radius (a ball's and a capsule's box is a point and a segment; a cylinder's
 # is one in the coordinates "distance from the axis, 0, z"), so one signed distance serves all. Per body 8 points touch
-# the floor; of each of a pair, 8 points and 12 edges touch the other. Scenes are a flat list of bodies: body n of clip b
-# is b * N + n, and the world, which never moves, is the last.
+# the floor; of each of a pair, 8 points and 12 edges touch the other. Scenes are one flat list of bodies: body n of
+# clip b is b * N + n, and the world, which never moves, is the last.
 
 CORNERS = torch.tensor([[x, y, z] for x in (-1.0, 1.0) for y in (-1.0, 1.0) for z in (-1.0, 1.0)])
 EDGES = torch.tensor([[a, b] for a in range(8) for b in range(a + 1, 8) if (CORNERS[a] != CORNERS[b]).sum() == 1])
 RING = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
-ROUND = 0.02                                       # corners are inset and rounded by this share of the thinnest half
+ROUND = 0.01                                       # corners are inset and rounded by this share of the thinnest half
 SOFT = 0.08                                        # and edges, against edges, by this one
+MIDDLE = 1e-3                                      # how much an edge prefers to touch half-way, see nearest()
 
 
 def _bound(shape, h):
@@ -280,7 +285,7 @@ class Contacts:
         self.radius = torch.where(smooth, h[:, 0], 0.0)                                             # (M,)
         self.core = h - self.radius[:, None]                                                        # (M, 3)
         self.points = CORNERS.to(device) * self.core[:, None]                                       # (M, 8, 3)
-        self.core = torch.where((shape == CYLINDER)[:, None], h * torch.tensor([1.0, 1e6, 1.0], device=device), self.core)
+        self.core[:, 1] = torch.where(shape == CYLINDER, 1e6, self.core[:, 1])
         thin = torch.where(smooth, 0.0, h.amin(-1))
         self.inset, self.soft = ROUND * thin, SOFT * thin
         eight = torch.arange(8, device=device)
@@ -299,14 +304,14 @@ class Contacts:
         # the same contact is found once: a ball's by its centre, an axis' by the box whose edge it meets
         A, Z, once = shape[a], shape[b], a < b
         self.pointed = (Z != SPHERE) | ((A == SPHERE) & once)
-        self.edged = torch.where(A == BOX, Z != SPHERE, torch.where(A == CAPSULE, (Z == CYLINDER) | ((Z == CAPSULE) & once),
-                                                                    (A == CYLINDER) & (Z == CYLINDER) & once))
+        self.edged = torch.where(A == BOX, Z != SPHERE,
+                                 ((A == Z) & once & (A != SPHERE)) | ((A == CAPSULE) & (Z == CYLINDER)))
         self.slots = self.world * 8 + len(a) * 20
         one = torch.ones(1, device=device)                                           # the floor multiplies by one
         self.e, self.mu = torch.cat([flat(scene["restitution"]), one]), torch.cat([flat(scene["friction"]), one])
 
     def features(self, k, toward):
-        """Points of bodies k (F,) in their own frames -> (F, 8, 3); a cylinder's are the rims', first those `toward`."""
+        """Points of bodies k (F,) in their frames -> (F, 8, 3); a cylinder's are on its rims, first those `toward`."""
         tube = self.shape[k] == CYLINDER
         if not tube.any():
             return self.points[k]
@@ -344,35 +349,37 @@ class Contacts:
     def nearest(self, p, d, k, soft):
         """Where on the segments p to p + d (F, E, 3), in the frames of bodies k, is the point nearest to the core?
 
-        -> s (F, E) in [0, 1] and whether it lies inside the segment. The squared distance is convex along it, and for a
-        box its slope is piecewise linear: bisection finds the piece, one secant the root."""
+        -> s (F, E) in [0, 1] and whether both ends are farther away. The squared distance is convex along it, and for a
+        box its slope is piecewise linear: bisection finds the piece, one secant the root. Half-way gets a small bonus:
+        else the point would jump from end to end of an edge that lies on a face, and what lies there would tremble."""
         core, tube = (self.core[k] - soft[:, None])[:, None], (self.shape[k] == CYLINDER)[:, None]
+        square = dot(d, d).clamp_min(1e-12)
 
         def slope(s):
             at = p + s[..., None] * d
             flat = self.unroll(at, k)
             radial = (at[..., :2] * d[..., :2]).sum(-1) / at[..., :2].norm(dim=-1).clamp_min(1e-9)
             along = torch.stack([torch.where(tube, radial, d[..., 0]), d[..., 1], d[..., 2]], -1)
-            return ((flat.abs() - core).clamp_min(0) * torch.where(flat < 0, -along, along)).sum(-1)
+            f = ((flat.abs() - core).clamp_min(0) * torch.where(flat < 0, -along, along)).sum(-1) / square
+            return f + MIDDLE * (s - 0.5)
 
-        low, high = torch.zeros_like(p[..., 0]), torch.ones_like(p[..., 0])
+        low, high = torch.zeros_like(square), torch.ones_like(square)
         f_low, f_high = slope(low), slope(high)
-        inside = (f_low < 0) & (f_high > 0)        # else an end is nearest, and ends are corners
+        inside = (f_low < -MIDDLE) & (f_high > MIDDLE)                               # else ends count, and are corners
         for _ in range(7):
             s = (low + high) / 2
             f = slope(s)
-            # where the slope is zero the segment runs along a face, or through the core: close in on it from both sides
-            low, f_low = torch.where(f <= 0, torch.where(f < 0, s, (low + s) / 2), low), torch.where(f < 0, f, f_low)
-            high, f_high = torch.where(f >= 0, torch.where(f > 0, s, (high + s) / 2), high), torch.where(f > 0, f, f_high)
-        rise = f_high - f_low
-        return torch.where(inside, (low * f_high - high * f_low) / torch.where(inside, rise, 1.0), 0.5), inside
+            low, f_low = torch.where(f < 0, s, low), torch.where(f < 0, f, f_low)
+            high, f_high = torch.where(f < 0, high, s), torch.where(f < 0, f_high, f)
+        s = (low * f_high - high * f_low) / torch.where(inside, f_high - f_low, 1.0)
+        return torch.where(inside, s, 0.5), inside
 
     def detect(self, x, R):
-        """Positions (M, 3), matrices (M, 3, 3) -> of each contact: slot, a, b (C,), point, normal from b to a (C, 3), gap."""
+        """Positions (M, 3), matrices (M, 3, 3) -> of contacts: slot, a, b (C,), point, normal b to a (C, 3), gap."""
         f = self.on_floor[x[self.on_floor, 2] < self.bound[self.on_floor]]
         p = x[f, None] + rotate(R[f, None], self.features(f, -R[f, 2]))                             # (F, 8, 3)
         gap = p[..., 2] - self.radius[f, None]
-        row, k = ((gap < 0) & self.used[f]).nonzero().unbind(1)
+        row, k = ((gap < SLOP) & self.used[f]).nonzero().unbind(1)
         f, gap = f[row], gap[row, k]
         up = torch.tensor([0.0, 0.0, 1.0], device=x.device).expand(len(f), 3)
         floor = f * 8 + k, f, torch.full_like(f, self.world), p[row, k] - up * self.radius[f, None], up, gap
@@ -389,12 +396,11 @@ class Contacts:
         sharp = corners * (1 - self.inset[a, None] / self.h[a])[:, None]
         sharp = rotate(turn[:, None], sharp) + center[:, None]
         # a cylinder's edge runs from rim to rim on the side that faces b; a capsule's is its axis
-        ends = [corners[:, self.edges[:, n]] for n in (0, 1)]
-        tube = (self.shape[a] == CYLINDER)[:, None, None]
-        ends[1] = torch.where(tube, corners[:, 4:5], torch.where((self.shape[a] == CAPSULE)[:, None, None], corners[:, 1:2],
-                                                                 ends[1]))
-        ends[0] = torch.where((self.shape[a] == BOX)[:, None, None], ends[0], corners[:, :1])
-        start, end = (rotate(turn[:, None], e) + center[:, None] for e in ends)                     # (P, 12, 3)
+        edges = self.edges.expand(len(d), -1, -1)                                                   # (P, 12, 2)
+        for shape, pair in ((CYLINDER, (0, 4)), (CAPSULE, (0, 1))):
+            edges = torch.where((self.shape[a] == shape)[:, None, None], torch.tensor(pair, device=x.device), edges)
+        take = lambda n: corners.gather(1, edges[..., n, None].expand(-1, -1, 3))
+        start, end = (rotate(turn[:, None], take(n)) + center[:, None] for n in (0, 1))             # (P, 12, 3)
         soft = torch.where(self.radius[a] > 0, 0.0, self.soft[b])
         s, inside = self.nearest(start, end - start, b, soft)
         middle = start + s[..., None] * (end - start)
@@ -403,8 +409,8 @@ class Contacts:
         gap_e, n_e, outside = self.distance(middle, b, soft)
         gap_p, gap_e = gap_p - (self.radius + self.inset)[a, None], gap_e - self.radius[a, None]
         single = torch.arange(12, device=x.device) == 0
-        touch_p = (gap_p < 0) & self.used[a] & self.pointed[d, None]
-        touch_e = (gap_e < 0) & inside & outside & (single | (self.shape[a] == BOX)[:, None]) & self.edged[d, None]
+        touch_p = (gap_p < SLOP) & self.used[a] & self.pointed[d, None]
+        touch_e = (gap_e < SLOP) & inside & outside & (single | (self.shape[a] == BOX)[:, None]) & self.edged[d, None]
         row, k = torch.cat([touch_p, touch_e], 1).nonzero().unbind(1)
         gap, n, p = (torch.cat(pair, 1)[row, k] for pair in ((gap_p, gap_e), (n_p, n_e), (sharp, middle)))
         a, b, d = a[row], b[row], d[row]
@@ -417,7 +423,7 @@ class Contacts:
 class Impulses:
     """Projected Jacobi: impulses that make every contact separate at >= a target speed, within Coulomb's cone."""
     def __init__(self, a, b, point, n, x, inv_mass, inv_inertia):
-        """Bodies a, b (C,), point and normal (C, 3); of all bodies x (M+1, 3), inv_mass (M+1,), inv_inertia (M+1, 3, 3)."""
+        """a, b (C,), point and normal (C, 3); of all bodies x (M+1, 3), inv_mass (M+1,), inv_inertia (M+1, 3, 3)."""
         self.n, self.k = n, torch.cat([a, b])      # both sides of each contact, one after the other: (2C,)
         self.r = torch.cat([point, point]) - x[self.k]
         self.m, self.I = inv_mass[self.k, None], inv_inertia[self.k]
@@ -460,7 +466,7 @@ class Impulses:
 
 def simulate(scene, frames, fps, gravity=None, rate=RATE):
     """Run a scene -> dict of position (B, T, N, 3), rotation (B, T, N, 4), velocity, angular_velocity (B, T, N, 3) and
-    impulse (B, T, N, N+1): N s along the normal that body n got from body m, or from the floor (m = N), since frame t-1.
+    impulse (B, T, N, N+1): what body n got from body m, or the floor (m = N), since frame t-1, N s along the normal.
 
     scene: as from a scenario. gravity: (B, 3) m/s^2, default 9.81 down. Frame 0 is the scene as given.
     Raises ValueError if a body has no positive mass or a number is not finite."""
@@ -482,13 +488,14 @@ def simulate(scene, frames, fps, gravity=None, rate=RATE):
     inv_mass = moves / flat(scene["mass"]).clamp_min(1e-12)
     inv_body = moves[:, None] / inertia.clamp_min(1e-12)
     contacts = Contacts(scene)
-    warm, last = torch.zeros(contacts.slots, 3, device=device), None                 # the last impulses, by slot
+    # impulses are remembered by slot: what rests starts from those of the last step
+    warm, last = torch.zeros(contacts.slots, 3, device=device), torch.zeros(0, dtype=torch.long, device=device)
 
     def world_inertia(q):
         R = quat_to_matrix(q)
         return R, (R * inv_body[:, None]) @ R.mT
 
-    given = torch.zeros(M * (N + 1), device=device)
+    given = torch.zeros((M + 1) * (N + 1), device=device)
     record = [(x, q, v, w, given)]
     R, I = world_inertia(q)
     for step in range((frames - 1) * steps):
@@ -501,9 +508,8 @@ def simulate(scene, frames, fps, gravity=None, rate=RATE):
         w = rotate(I, spin)
 
         slot, a, b, point, n, gap = contacts.detect(x[:-1], R[:-1])
-        if last is not None:
-            start = warm[slot]
-            warm[last] = 0
+        start = warm[slot]
+        warm[last], last = 0, slot
         if len(slot):
             touch = Impulses(a, b, point, n, x, inv_mass, I)
             approach = -dot(touch.speed(v, w), n)
@@ -511,13 +517,17 @@ def simulate(scene, frames, fps, gravity=None, rate=RATE):
             speed = (approach.square() - 2 * dot(g[a] - g[b], n) * gap).clamp_min(0).sqrt()
             bounces = approach > 3 * h * 9.81                                        # slower than that is resting
             target = torch.where(bounces, contacts.e[a] * contacts.e[b] * speed, 0.0)
-            start = torch.zeros_like(n) if last is None else start * ~bounces[:, None]
-            v, w, p = touch.solve(v, w, target, contacts.mu[a] * contacts.mu[b], start, 10)
+            v_free, w_free = v, w
+            v, w, p = touch.solve(v, w, target, contacts.mu[a] * contacts.mu[b], start * ~bounces[:, None], 10)
+            # resting and sliding forces act all through the step, so half of what they do to v belongs into x as well
+            steady = torch.ones(M + 1, 1, device=device)
+            steady[a[bounces]] = 0
+            steady[b[bounces]] = 0
+            x, q = x + h / 2 * steady * (v - v_free), quat_mul(quat_exp(h / 2 * steady * (w - w_free)), q)
             warm[slot] = p
             p_n = dot(p, n)
             for one, other in ((a, b), (b, a)):
-                other = torch.where(other == M, N, other % N)
-                given = torch.nn.functional.pad(given, (0, N + 1)).index_add(0, one * (N + 1) + other, p_n)[:M * (N + 1)]
+                given = given.index_add(0, one * (N + 1) + torch.where(other == M, N, other % N), p_n)
             # the same solver moves positions: the penetration is the "speed" wanted, friction-free, from zero
             push = lambda s, c, iterations: s.solve(torch.zeros_like(x), torch.zeros_like(x), -gap[c], 0 * gap[c],
                                                     torch.zeros_like(n[c]), iterations)[:2]
@@ -530,14 +540,11 @@ def simulate(scene, frames, fps, gravity=None, rate=RATE):
                 here = deep[torch.arange(M + 1, device=device) // N, None]
                 dx, dq = (torch.where(here, m, few) for m, few in zip(many, (dx, dq)))
             x, q = x + dx, quat_mul(quat_exp(dq), q)
-        last = slot
         if (step + 1) % steps == 0:
             record.append((x, q, v, w, given))
             given = torch.zeros_like(given)
     keys = ("position", "rotation", "velocity", "angular_velocity", "impulse")
-    path = {k: torch.stack([r[i][:M] if k != "impulse" else r[i].view(M, -1) for r in record], 1).unflatten(0, (B, N))
-            .transpose(1, 2).contiguous() for i, k in enumerate(keys)}
-    return path
+    return {k: torch.stack([r[i].view(M + 1, -1)[:M].view(B, N, -1) for r in record], 1) for i, k in enumerate(keys)}
 
 
 def jitter(scene, camera, draw, pixels=0.5, degrees=5.0):

@@ -105,11 +105,83 @@ def test_sliding_and_rolling():
     assert roll["angular_velocity"][0, -1, 0, 1] == pytest.approx(2 * 5 / 7 / 0.15, rel=0.01)
 
 
+def put(shape, half_extents, position, rotation=None, static=(), e=0.0, mu=0.5, velocity=None):
+    """One scene of N bodies, given as lists; those whose index is in `static` do not move."""
+    shape, half_extents = torch.tensor([shape]), torch.tensor([half_extents])
+    N = shape.shape[1]
+    live = torch.ones(1, N, dtype=torch.bool)
+    rotation = torch.tensor([1.0, 0, 0, 0]).repeat(1, N, 1) if rotation is None else torch.tensor([rotation])
+    scene = simdata.bodies(shape, half_extents, torch.ones_like(shape), torch.tensor([position]), rotation, live,
+                           torch.zeros(1, N), torch.ones(1, N, 2), live)
+    scene |= dict(restitution=torch.full((1, N), e), friction=torch.full((1, N), mu))
+    scene["dynamic"][0, list(static)] = False
+    return scene if velocity is None else scene | dict(velocity=torch.tensor([velocity]))
+
+
+LYING = [math.cos(math.pi / 4), math.sin(math.pi / 4), 0.0, 0.0]                     # the axis along y
+
+
+def run_together(scenes, seconds):
+    """Scenes of as many bodies each, simulated as one batch, which is faster; -> path, how far bodies got (B, N, 3)."""
+    path = simdata.simulate({k: torch.cat([s[k] for s in scenes]) for k in scenes[0]}, 16 * seconds + 1, 16)
+    return path, path["position"][:, -1] - path["position"][:, 0]
+
+
+def on_ramp(shape, degrees, half, rotation=None, mu=0.6):
+    """A body laid on a long static box that is tilted about y by so many degrees."""
+    th = math.radians(degrees)
+    tilt = [math.cos(th / 2), 0.0, math.sin(th / 2), 0.0]
+    n, down = torch.tensor([math.sin(th), 0, math.cos(th)]), torch.tensor([math.cos(th), 0, -math.sin(th)])
+    lies = torch.tensor([0, 0, 3.0]) + n * (0.1 + half[0 if rotation else 2]) - down * 2.5
+    return put([1, shape], [[4.0, 1.0, 0.1], half], [[0.0, 0.0, 3.0], lies.tolist()], [tilt, rotation or tilt],
+               static=[0], mu=mu ** 0.5)
+
+
+def test_ramps():
+    """Rolling follows g sin / (1 + I / m r^2), sliding g (sin - mu cos), and a box tips where its weight leaves it."""
+    r, g, sin, cos = 0.15, 9.81, math.sin(math.radians(20)), math.cos(math.radians(20))
+    down = torch.tensor([cos, 0, -sin])
+    rolling = [(0, [r] * 3), (2, [r, r, 0.2]), (3, [r, r, 0.3])]
+    _, moved = run_together([on_ramp(shape, 20, half, LYING) for shape, half in rolling]
+                            + [on_ramp(shape, 20, [r] * 3, mu=0.2) for shape in (1, 2)], 1)
+    gone = (moved[:, 1] @ down).tolist()
+    for (shape, half), d in zip(rolling, gone):
+        inertia = simdata.principal_inertia(torch.tensor(shape), torch.tensor(half), torch.tensor(1.0))[2].item()
+        assert d == pytest.approx(g * sin / (1 + inertia / r**2) / 2, rel=2e-3), simdata.SHAPES[shape]
+    assert gone[3:] == pytest.approx([g * (sin - 0.2 * cos) / 2] * 2, rel=2e-3)      # on its end a cylinder slides, too
+
+    tips, slips = math.degrees(math.atan(0.5)), math.degrees(math.atan(0.25))
+    _, moved = run_together([on_ramp(shape, tips + d, [0.1, 0.1, 0.2], mu=2.0) for d in (-1, 1) for shape in (1, 2)]
+                            + [on_ramp(1, slips + d, [r, r, 0.1], mu=0.25) for d in (-0.3, 0.3)], 2)
+    far = moved[:, 1].norm(dim=-1)
+    assert far[:2].max() < 0.002 and far[2:4].min() > 0.1                            # stands, tips
+    assert far[4] < 0.001 and far[5] > 0.05                                          # sticks, slides
+
+
+def test_towers_stand():
+    """Five boxes, or five cylinders, of one size stand for ten seconds, each carrying what is above it."""
+    towers = [put([shape] * 5, [[0.15] * 3] * 5, [[0, 0, 0.15 + 0.3 * k] for k in range(5)]) for shape in (1, 2)]
+    path, moved = run_together(towers, 10)
+    assert moved.norm(dim=-1).max() < 0.001
+    for b in (0, 1):
+        for k in range(5):
+            below = path["impulse"][b, 80, k, k - 1 if k else 5].item()              # N s a frame
+            assert below == pytest.approx((5 - k) * towers[b]["mass"][0, 0].item() * 9.81 / 16, rel=0.01)
+            assert k == 0 or path["impulse"][b, 80, k - 1, k].item() == pytest.approx(below, rel=1e-5)
+
+
+def test_beams_lie_across():
+    """No corner of either is in the other: only edges touch. It lies still, unless its weight is beyond the edge."""
+    path, moved = run_together([put([1, 1], [[0.4, 0.1, 0.1], [0.1, 0.4, 0.1]], [[0, 0, 0.1], [0, y, 0.3]])
+                                for y in (0.05, 0.12)], 5)
+    assert moved[0].norm(dim=-1).max() < 0.001 and path["angular_velocity"][0, -1].norm(dim=-1).max() < 1e-3
+    assert moved[1, 1, 2] < -0.02
+
+
 def energy(scene, path):
     """Potential and kinetic energy of all bodies, (B, T) J."""
-    square, m = scene["half_extents"].square(), scene["mass"]
-    inertia = m[..., None] * torch.where((scene["shape"] == 0)[..., None], 0.4 * square,
-                                         (square.sum(-1, keepdim=True) - square) / 3)
+    m = scene["mass"]
+    inertia = simdata.principal_inertia(scene["shape"], scene["half_extents"], m)
     spin = simdata.rotate(simdata.quat_to_matrix(path["rotation"]).mT, path["angular_velocity"])
     each = m[:, None] * (9.81 * path["position"][..., 2] + path["velocity"].square().sum(-1) / 2) \
         + (inertia[:, None] * spin.square()).sum(-1) / 2
@@ -121,6 +193,19 @@ def test_no_scene_gains_energy_and_all_settle_down():
     path = simdata.simulate(scene, 33, 16)
     total = energy(scene, path)
     assert ((total.amax(1) - total[:, 0]) / total[:, 0]).max() < 0.01
+    torch.manual_seed(0)                           # and a heap of all shapes
+    shape, size = torch.randint(0, 4, (300, 3)), torch.rand(300, 3, 1) * 0.06 + 0.12
+    tall = size * torch.tensor([[1, 1, 1.0], [0.8, 1, 1.2], [1, 1, 0.8], [1, 1, 2]])[shape]
+    live, above = torch.ones(300, 3, dtype=torch.bool), torch.tensor([[0, 0, 0.4], [0.1, 0, 1], [0, 0.1, 1.6]])
+    heap = simdata.bodies(shape, tall, torch.randint(0, 4, (300, 3)), torch.rand(300, 3, 3) * 0.1 + above,
+                          simdata.random_quat(torch.rand(300, 3, 3)), live, torch.zeros(300, 3),
+                          torch.ones(300, 3, 2), live)
+    path_heap = simdata.simulate(heap, 33, 16)
+    total = energy(heap, path_heap)
+    assert ((total.amax(1) - total[:, 0]) / total[:, 0]).max() < 0.01
+    assert (total[:, -1] < 0.7 * total[:, 0]).all()
+    deep = path_heap["position"][..., 2] / tall.amin(-1)[:, None]                    # below 1 it is in the floor
+    assert deep[:, -1].min() > 0.99 and deep.min() > 0.4                             # (steel falls on wood, see below)
     low = path["position"][..., 2] - (simdata.quat_to_matrix(path["rotation"])[..., 2, :].abs()
                                       * scene["half_extents"][:, None]).sum(-1)
     box = (scene["shape"] == 1) & scene["alive"]
