@@ -12,8 +12,8 @@ Physics: 240 Hz substeps. Each is an exact ballistic step, then contacts are res
 provably convergent and momentum is conserved to rounding), then what is left of the penetration is projected out.
 Restitution uses the approach speed at the surface, sqrt(v^2 - 2 g d), not the one at the end of the substep: without
 that, a bounce would depend on where in the substep it fell. Forces of resting and sliding act all through a substep, so
-they move bodies by h dv / 2 as well: ramps come out exact to 1e-4 and towers stand. The contacts of a whole batch are one
-flat list, so a scene in flight costs next to nothing. Units are SI, z is up.
+they move bodies by h dv / 2 as well: ramps come out exact to 1e-4 and towers stand. The contacts of a whole batch are
+one flat list, so a scene in flight costs next to nothing. Units are SI, z is up.
 """
 import math
 import sys
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
-SHAPES = ("sphere", "box", "cylinder", "capsule")   # the last two along z; half extents are those of their bounding box
+SHAPES = ("sphere", "box", "cylinder", "capsule")  # the last two along z; half extents are their bounding boxes'
 SPHERE, BOX, CYLINDER, CAPSULE = range(4)
 TILE = 0.25                                        # m: the floor's tiles fix the metric scale in every picture
 RATE = 240                                         # Hz, substeps (rounded up to a multiple of the frame rate)
@@ -246,7 +246,7 @@ def captions(scene):
     names, lines = list(MATERIALS), []
     columns = (scene[k].tolist() for k in ("alive", "shape", "material", "hue", "falls"))
     for alive, shape, material, hue, falls in zip(*columns):
-        words = [(HUES[round(h / 30) % 12], names[m], ("ball", "box")[s], "falls" if f else "rests")
+        words = [(HUES[round(h / 30) % 12], names[m], ("ball", *SHAPES[1:])[s], "falls" if f else "rests")
                  for a, s, m, h, f in zip(alive, shape, material, hue, falls) if a]
         lines.append(", ".join(f"{'an' if w[0][0] in 'aeiou' else 'a'} {' '.join(w)}" for w in words))
     return lines
@@ -584,21 +584,56 @@ def _rays(uv, camera):
     return torch.nn.functional.pad(xy, (0, 1), value=1.0) @ M[:, :3, :3]
 
 
-def _hit(o, d, shape, h):
-    """Rays from o (F, 1, 3) along d (F, P, 3), in the body's frame -> t (F, P), inf if they miss; normal (F, P, 3)."""
-    ball, h = (shape == 0)[:, None], h[:, None]
-    a, b, c = dot(d, d), dot(o, d), dot(o, o) - h[..., 0].square()
-    disc = b * b - a * c
-    t_ball = (-b - disc.clamp_min(0).sqrt()) / a
+def _roots(a, b, c):
+    """Where a t^2 + 2 b t + c < 0: from, to; inf and -inf where it never is."""
+    root = (b * b - a * c).clamp_min(0).sqrt()
+    a = a.clamp_min(1e-12)
+    return torch.where(root > 0, (-b - root) / a, torch.inf), torch.where(root > 0, (-b + root) / a, -torch.inf)
+
+
+def _slabs(o, d, h):
+    """Where |o + t d| < h for all of the last dimension: from, to."""
     inverse = 1 / torch.where(d.abs() < 1e-9, 1e-9, d)
     t0, t1 = (-h - o) * inverse, (h - o) * inverse
-    near, axis = torch.minimum(t0, t1).max(-1)
-    far = torch.maximum(t0, t1).amin(-1)
-    t = torch.where(ball, t_ball, near)
-    hits = torch.where(ball, disc > 0, near < far) & (t > 0)
-    face = torch.nn.functional.one_hot(axis, 3).to(d) * -d.sign()
-    normal = torch.where(ball[..., None], (o + t_ball[..., None] * d) / h, face)
-    return torch.where(hits, t, torch.inf), normal
+    return torch.minimum(t0, t1).amax(-1), torch.maximum(t0, t1).amin(-1)
+
+
+def _span(o, d, shape, h):
+    """Rays from o (F, 1, 3) along d (F, P, 3), in the bodies' frames -> t (F, P) where they enter and leave the body.
+
+    A ray that misses enters after it leaves. Each shape's own formula runs on its own frames only."""
+    def tube(o, d, r, half):
+        side = _roots(dot(d[..., :2], d[..., :2]), dot(o[..., :2], d[..., :2]), dot(o[..., :2], o[..., :2]) - r * r)
+        ends = _slabs(o[..., 2:], d[..., 2:], half)
+        return torch.maximum(side[0], ends[0]), torch.minimum(side[1], ends[1])
+
+    def capsule(o, d, h):                          # a convex body entered where the first of its parts is
+        r, half = h[..., 0], h[..., 2:] - h[..., :1]
+        up = torch.nn.functional.pad(half, (2, 0))
+        parts = [tube(o, d, r, half), *(_roots(dot(d, d), dot(c, d), dot(c, c) - r * r) for c in (o - up, o + up))]
+        parts = [(torch.where(n < f, n, torch.inf), torch.where(n < f, f, -torch.inf)) for n, f in parts]
+        return torch.stack([n for n, _ in parts]).amin(0), torch.stack([f for _, f in parts]).amax(0)
+
+    formulas = (lambda o, d, h: _roots(dot(d, d), dot(o, d), dot(o, o) - h[..., 0].square()), _slabs,
+                lambda o, d, h: tube(o, d, h[..., 0], h[..., 2:]), capsule)
+    near, far = torch.empty_like(d[..., 0]), torch.empty_like(d[..., 0])
+    for s, formula in enumerate(formulas):
+        row = (shape == s).nonzero()[:, 0]
+        if len(row):
+            near[row], far[row] = formula(o[row], d[row], h[row, None])
+    return near, far
+
+
+def _normal(p, shape, h):
+    """Outward normals at surface points p (S, 3), in the bodies' frames; shape (S,), h (S, 3) -> (S, 3)."""
+    radial = torch.nn.functional.pad(p[:, :2], (0, 1)) / h[:, :1]
+    face = torch.nn.functional.one_hot((p.abs() / h).argmax(-1), 3).to(p) * p.sign()
+    cap = torch.nn.functional.pad(p[:, 2:].sign(), (2, 0))
+    half = h[:, 2] - h[:, 0]                       # of a capsule's axis; zero for a ball
+    beyond = p[:, 2].sign() * (p[:, 2].abs() - half).clamp_min(0)
+    smooth = torch.cat([p[:, :2], beyond[:, None]], -1) / h[:, :1]
+    flat = torch.where((p[:, 2].abs() / h[:, 2] > radial.norm(dim=-1))[:, None], cap, radial)
+    return torch.where((shape == BOX)[:, None], face, torch.where((shape == CYLINDER)[:, None], flat, smooth))
 
 
 def _background(scene, size, samples):
@@ -653,20 +688,14 @@ def _sunlight(scene, path, size):
         if not len(clip):
             continue
         light, camera = scene["light"][clip], {key: v[clip] for key, v in scene["camera"].items()}
-        bound = torch.where(shape == 0, h[:, 0], h.norm(dim=-1))
-        center, side = _side(camera, bound / light[:, 2], x - light * (x[:, 2:] / light[:, 2:]), 1, size)
+        center, side = _side(camera, _bound(shape, h) / light[:, 2], x - light * (x[:, 2:] / light[:, 2:]), 1, size)
         index = _window(center, side, size)                                                         # (F, P)
         d = _rays(torch.stack([index % size + 0.5, index // size + 0.5], -1), camera)
         eye = scene["eye"][clip][:, None]
         point = eye - d * (eye[..., 2:] / d[..., 2:].clamp_max(-1e-3))                              # on the floor
-        o, d = (point - x[:, None]) @ R, rotate(R.mT, light)[:, None]
-        ball, h = (shape == 0)[:, None], h[:, None]
-        b = dot(o, d)
-        inverse = 1 / torch.where(d.abs() < 1e-9, 1e-9, d)
-        t0, t1 = (-h - o) * inverse, (h - o) * inverse
-        blocked = torch.where(ball, dot(o, o) - b * b < h[..., 0].square(),
-                              torch.minimum(t0, t1).amax(-1) < torch.maximum(t0, t1).amin(-1))
-        lit[frame[:, None], index] *= 1 - blocked.float()
+        o = (point - x[:, None]) @ R
+        near, far = _span(o, rotate(R.mT, light)[:, None].expand_as(o), shape, h)
+        lit[frame[:, None], index] *= (near >= far).float()
     lit = torch.nn.functional.pad(lit.view(B * T, 1, size, size), (1, 1, 1, 1), mode="replicate")
     return torch.nn.functional.avg_pool2d(lit, 3, 1).view(B, T, size * size)
 
@@ -684,19 +713,22 @@ def _cast(scene, path, size, samples):
         if not len(clip):
             continue
         camera = {key: v[clip] for key, v in scene["camera"].items()}
-        center, side = _side(camera, torch.where(shape == 0, h[:, 0], h.norm(dim=-1)), x, samples, W)
+        center, side = _side(camera, _bound(shape, h), x, samples, W)
         index = _window(center, side, W)                                                            # (F, S)
         pixel = torch.stack([(index % W + 0.5) / samples, (index // W + 0.5) / samples], -1)
         d = _rays(pixel, camera) @ R               # everything below happens in the body's own frame
-        t, normal = _hit(rotate(R.mT, scene["eye"][clip] - x)[:, None], d, shape, h)
+        o = rotate(R.mT, scene["eye"][clip] - x)
+        t, far = _span(o[:, None].expand_as(d), d, shape, h)
         flat = frame[:, None] * W * W + index
-        closer = t < depth.view(-1)[flat]
+        closer = (t < far) & (t > 0) & (t < depth.view(-1)[flat])
         row, sample = closer.nonzero().unbind(1)   # from here on only the samples that hit: one in four
-        flat, normal, ball = flat[row, sample], normal[row, sample], (shape == 0)[row]
-        depth.view(-1)[flat], ident.view(-1)[flat] = t[row, sample], k + 1
-        # two tones on a ball, three on a box, so that rotation shows
+        flat, t, kind = flat[row, sample], t[row, sample], shape[row]
+        depth.view(-1)[flat], ident.view(-1)[flat] = t, k + 1
+        normal = _normal(o[row] + t[:, None] * d[row, sample], kind, h[row])
+        # two tones on what is round, three on a box, so that rotation shows
         faces = (normal.abs() * torch.tensor([0.0, 0.14, 0.28], device=device)).sum(-1)
-        tone = 1 - torch.where(ball, 0.25 * (normal[:, 2] > 0), faces)
+        half = torch.where(kind == SPHERE, normal[:, 2], normal[:, 0]) > 0
+        tone = 1 - torch.where(kind == BOX, faces, 0.25 * half)
         ambient, diffuse = (scene["ambient"][clip][row],
                             dot(normal, rotate(R.mT, scene["light"][clip])[row]).clamp_min(0))
         hits.append((k + 1, flat, scene["color"][clip, k][row] * (tone * (ambient + (1 - ambient) * diffuse))[:, None]))

@@ -229,6 +229,43 @@ def test_collision_keeps_momentum():
     assert kinetic[0, -1] <= kinetic[0, 0] * 1.001
 
 
+def test_shapes_are_what_they_say():
+    """Volume and inertia by counting points; what the camera sees of a body, put back by its depth, is its surface."""
+    def outside(p, s, h):                          # signed distance, or at least its sign and zero
+        a, rho = p.abs(), p[..., :2].norm(dim=-1)
+        return [p.norm(dim=-1) - h[0], (a - h).amax(-1), torch.maximum(rho - h[0], a[..., 2] - h[2]),
+                torch.stack([rho, (a[..., 2] - (h[2] - h[0])).clamp_min(0)], -1).norm(dim=-1) - h[0]][s]
+
+    sizes = torch.tensor([[0.2, 0.2, 0.2], [0.1, 0.15, 0.3], [0.15, 0.15, 0.25], [0.1, 0.1, 0.25]])
+    torch.manual_seed(0)
+    for s, h in enumerate(sizes):
+        points = (torch.rand(400_000, 3) * 2 - 1) * h
+        inside = outside(points, s, h) < 0
+        volume = simdata.volume(torch.tensor(s), h)
+        assert volume.item() == pytest.approx((8 * h.prod() * inside.float().mean()).item(), rel=0.01)
+        square = points[inside].square()
+        moments = (square.sum(-1, keepdim=True) - square).mean(0)                    # kg m^2 of one kilogram
+        assert torch.allclose(simdata.principal_inertia(torch.tensor(s), h, torch.tensor(1.0)), moments, rtol=0.02)
+
+    scene, _ = simdata.make_scene("drop", 8, 5, size=128)
+    shape = torch.arange(4).repeat(8, 1)
+    turn = simdata.random_quat(torch.rand(8, 4, 3))
+    live = torch.ones(8, 4, dtype=torch.bool)
+    place = torch.tensor([[x, 0, 0.8] for x in (-0.6, -0.2, 0.3, 0.7)]).repeat(8, 1, 1)
+    scene |= simdata.bodies(shape, sizes.repeat(8, 1, 1), shape, place, turn, live, torch.zeros(8, 4),
+                            torch.ones(8, 4, 2), live)
+    path = simdata.simulate(scene, 1, 16)
+    film = simdata.render(scene, path, 128)
+    s = torch.arange(128) + 0.5
+    uv = torch.stack(torch.meshgrid(s, s, indexing="xy"), -1).view(1, -1, 2).expand(8, -1, -1)
+    world = scene["eye"][:, None] + film["depth"].view(8, -1, 1) * simdata._rays(uv, scene["camera"])
+    for k, h in enumerate(sizes):
+        local = (world - scene["position"][:, k, None]) @ simdata.quat_to_matrix(turn[:, k])
+        here = film["mask"].view(8, -1) == k + 1
+        assert here.sum(1).min() > 50 and outside(local[here], k, h).abs().max() < 1e-3, simdata.SHAPES[k]
+        assert outside(local[film["mask"].view(8, -1) == 0], k, h).min() > -1e-3     # and nothing of it was missed
+
+
 @pytest.fixture(scope="module")
 def clips():
     return simdata.make_batch("drop", 6, 3, split="val")
