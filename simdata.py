@@ -101,8 +101,10 @@ def yaw_quat(angle):
 
 
 def rotate(matrix, v):
-    """(..., 3, 3) times (..., 3), as sums: for 3x3 blocks much faster than a batched matmul."""
-    return (matrix * v.unsqueeze(-2)).sum(-1)
+    """(..., 3, 3) times (..., 3), column by column: for 3x3 blocks much faster than a batched matmul."""
+    x, y, z = v.unsqueeze(-1).unbind(-2)
+    a, b, c = matrix.unbind(-1)
+    return a * x + b * y + c * z
 
 
 def cross(a, b):
@@ -112,7 +114,8 @@ def cross(a, b):
 
 
 def dot(a, b):
-    return (a * b).sum(-1)
+    x, y, *z = (a * b).unbind(-1)                  # faster than a sum over so short a dimension
+    return sum(z, x + y)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
