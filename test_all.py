@@ -264,6 +264,10 @@ def test_shapes_are_what_they_say():
         here = film["mask"].view(8, -1) == k + 1
         assert here.sum(1).min() > 50 and outside(local[here], k, h).abs().max() < 1e-3, simdata.SHAPES[k]
         assert outside(local[film["mask"].view(8, -1) == 0], k, h).min() > -1e-3     # and nothing of it was missed
+        skin = local[here]                         # a step along the normal leads away from the surface, but near edges
+        n = simdata._normal(skin, torch.full((len(skin),), k), h.expand(len(skin), 3))
+        right = (outside(skin + 1e-2 * n, k, h) - 1e-2).abs() < 1e-3
+        assert right.float().mean() > 0.95 and (n.norm(dim=-1) < 1.01).all()
 
 
 @pytest.fixture(scope="module")
