@@ -283,7 +283,7 @@ class Contacts:
         flat = lambda t: t.flatten(0, 1)
         self.world = B * N
         self.shape, self.h = shape, h = flat(scene["shape"]), flat(scene["half_extents"])
-        self.bound = _bound(shape, h)
+        self.bound = _bound(shape, h) + SLOP
         smooth = (shape == SPHERE) | (shape == CAPSULE)
         self.radius = torch.where(smooth, h[:, 0], 0.0)                                             # (M,)
         self.core = h - self.radius[:, None]                                                        # (M, 3)
