@@ -316,6 +316,7 @@ def evaluate(models, split, n, seed=0, unseen=False, scenario="drop", best_of=1,
              guide=1.0, temperature=1.0):
     """Generate and measure n scenes of a split. models: {row name: sample.Models}. -> {row: {metric: (n,) tensor}}.
 
+    steps, guide, temperature: as in sample.generate; models need `weak` if guide is not 1.
     best_of > 1 adds the row "<name>, oracle best of k": the sample of lowest traj_l2, what choosing could reach."""
     rows, vae = {}, next(iter(models.values())).vae
     device = next(vae.parameters()).device

@@ -310,7 +310,7 @@ def add_phys(model):
 # ----------------------------------------------------------------------------------------------------------------------
 # the objective and the sampler
 
-GUIDE_ABOVE = 0.8                                  # later, guidance only doubles bodies (data/RESULTS.md)
+GUIDE_ABOVE = 0.8                                  # guided all the way, more bodies doubled (data/RESULTS.md)
 
 
 def shift_time(t, shift):

@@ -24,7 +24,7 @@ from tqdm import tqdm
 import common
 from common import InputError
 
-DEFAULT_STAGE, DEFAULT_GUIDE, DEFAULT_TEMPERATURE = 3, 2.5, 0.3  # the best on the val split, see data/RESULTS.md
+DEFAULT_STAGE, DEFAULT_GUIDE, DEFAULT_TEMPERATURE = 3, 2.5, 0.3  # chosen on the val split, data/RESULTS.md
 
 
 @dataclass

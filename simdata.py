@@ -610,14 +610,17 @@ def _span(o, d, shape, h):
         ends = _slabs(o[..., 2:], d[..., 2:], half)
         return torch.maximum(side[0], ends[0]), torch.minimum(side[1], ends[1])
 
-    def capsule(o, d, h):                          # a convex body entered where the first of its parts is
+    def ball(o, d, r):
+        return _roots(dot(d, d), dot(o, d), dot(o, o) - r * r)
+
+    def capsule(o, d, h):                          # a convex body is entered where the first of its parts is
         r, half = h[..., 0], h[..., 2:] - h[..., :1]
         up = torch.nn.functional.pad(half, (2, 0))
-        parts = [tube(o, d, r, half), *(_roots(dot(d, d), dot(c, d), dot(c, c) - r * r) for c in (o - up, o + up))]
+        parts = [tube(o, d, r, half), ball(o - up, d, r), ball(o + up, d, r)]
         parts = [(torch.where(n < f, n, torch.inf), torch.where(n < f, f, -torch.inf)) for n, f in parts]
         return torch.stack([n for n, _ in parts]).amin(0), torch.stack([f for _, f in parts]).amax(0)
 
-    formulas = (lambda o, d, h: _roots(dot(d, d), dot(o, d), dot(o, o) - h[..., 0].square()), _slabs,
+    formulas = (lambda o, d, h: ball(o, d, h[..., 0]), _slabs,
                 lambda o, d, h: tube(o, d, h[..., 0], h[..., 2:]), capsule)
     near, far = torch.empty_like(d[..., 0]), torch.empty_like(d[..., 0])
     for s, formula in enumerate(formulas):
