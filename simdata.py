@@ -32,6 +32,10 @@ MATERIALS = {"rubber": (1100.0, 0.75, 0.9, (325, 385)),
              "wood":   (650.0, 0.35, 0.5, (45, 95)),
              "clay":   (1800.0, 0.05, 0.8, (125, 175)),
              "steel":  (7800.0, 0.45, 0.3, (205, 290))}
+# nine hues, at least 39 degrees apart, each within its material's: a scene that takes different ones can be parsed
+SLOTS = (("rubber", 333), ("rubber", 373), ("wood", 53), ("wood", 92), ("clay", 131), ("clay", 170), ("steel", 209),
+         ("steel", 248), ("steel", 287))
+HELD_OUT = {"rubber": CAPSULE, "wood": SPHERE, "clay": CYLINDER, "steel": CAPSULE}  # combinations for unseen scenes only
 HUES = ("red", "orange", "yellow", "lime", "green", "mint", "cyan", "azure", "blue", "violet", "magenta", "rose")
 SPLITS = {"train": 1, "val": 2, "test": 3}
 
@@ -100,6 +104,11 @@ def yaw_quat(angle):
     return torch.stack([(angle / 2).cos(), 0 * angle, 0 * angle, (angle / 2).sin()], -1)
 
 
+def tilt_quat(angle):
+    """About the y axis, which points away from the camera: what pointed up then leans to the right."""
+    return torch.stack([(angle / 2).cos(), 0 * angle, (angle / 2).sin(), 0 * angle], -1)
+
+
 def rotate(matrix, v):
     """(..., 3, 3) times (..., 3), column by column: for 3x3 blocks much faster than a batched matmul."""
     x, y, z = v.unsqueeze(-1).unbind(-2)
@@ -145,17 +154,48 @@ def principal_inertia(shape, h, mass):
 # ----------------------------------------------------------------------------------------------------------------------
 # scenarios: draws -> bodies. A scenario says only what lies where; look() adds camera, light and floor
 
-def bodies(shape, half_extents, material, position, rotation, alive, hue, tone, falls):
-    """Fill in what follows from shape, size and material. All (B, N, ...); -> the scene dict that simulate() takes."""
+def bodies(shape, half_extents, material, position, rotation, alive, hue, tone, falls, normal=None, dynamic=None):
+    """Fill in what follows from shape, size and material. All (B, N, ...); -> the scene dict that simulate() takes.
+
+    falls: what is to be judged, because it moves or might. normal (B, N, 3): of what a body lies on, zero in the air;
+    default: the floor's, unless it falls. dynamic: all, by default; what is not is a part of the world."""
     table = torch.tensor([m[:3] for m in MATERIALS.values()], device=shape.device)
     density, restitution, friction = table[material].unbind(-1)                                     # (B, N)
     zeros = torch.zeros_like(position)
+    if normal is None:
+        normal = torch.tensor([0.0, 0.0, 1.0], device=shape.device) * ~falls[..., None]
     rgb = ((hue[..., None] / 60 + torch.tensor([5.0, 3.0, 1.0], device=hue.device)) % 6)            # HSV to RGB
     rgb = tone[..., :1] * (1 - tone[..., 1:] * torch.minimum(rgb, 4 - rgb).clamp(0, 1))
     return dict(shape=shape, half_extents=half_extents, material=material, position=position, rotation=rotation,
-                velocity=zeros, angular_velocity=zeros.clone(), alive=alive, dynamic=alive.clone(), falls=falls & alive,
+                velocity=zeros, angular_velocity=zeros.clone(), alive=alive, normal=normal, falls=falls & alive,
+                dynamic=alive.clone() if dynamic is None else alive & dynamic,
                 mass=density * volume(shape, half_extents), restitution=restitution, friction=friction, hue=hue,
                 color=rgb)
+
+
+def palette(draw, N):
+    """Materials (B, N), hues (B, N) and tones (B, N, 2) of up to nine bodies that a parser can tell apart."""
+    order = draw("palette", len(SLOTS)).argsort(1)[:, :N]
+    names, device = list(MATERIALS), draw.key.device
+    material, hue = (torch.tensor(column, device=device)[order] for column in
+                     ([names.index(m) for m, _ in SLOTS], [float(h) for _, h in SLOTS]))
+    tone = torch.stack([draw.uniform("value", 0.8, 1.0, N), draw.uniform("satur", 0.75, 0.95, N)], -1)
+    return material, (hue + draw.uniform("hue", -2, 2, N)) % 360, tone
+
+
+def any_of(shapes, draw, name, material, unseen):
+    """For each body one of `shapes`, (B, N). Unless unseen, never one that HELD_OUT keeps from its material."""
+    names, device, each = list(MATERIALS), draw.key.device, torch.arange(len(SHAPES), device=draw.key.device)
+    held = torch.tensor([HELD_OUT[m] for m in names], device=device)[material, None]                # (B, N, 1)
+    good = torch.isin(each, torch.tensor(shapes, device=device)) & ((each != held) | unseen)
+    return draw(name, material.shape[1], len(SHAPES)).masked_fill(~good, -1).argmax(-1)
+
+
+def between(draw, name, seen, low, high, unseen, *shape):
+    """Uniform in the range `seen`; for unseen scenes in `low` or in `high`, both outside it. -> (B, *shape)."""
+    if not unseen:
+        return draw.uniform(name, *seen, *shape)
+    return torch.where(draw(name + "s", *shape) < 0.5, draw.uniform(name, *low, *shape), draw.uniform(name, *high, *shape))
 
 
 def drop(draw, unseen):
@@ -212,7 +252,144 @@ def drop(draw, unseen):
                   pick(hue) % 360, tone, pick(falls))
 
 
-SCENARIOS = {"drop": drop}
+def ramp(draw, angle):
+    """A block with a slope of `angle` (B,) radians that leads down to the floor's middle, from the left or the right.
+
+    -> half extents, centre (B, 3), rotation (B, 4); a point at its foot and the directions uphill and normal, (B, 3)."""
+    side, zero = torch.where(draw("side") < 0.5, 1.0, -1.0), torch.zeros_like(angle)                # (B,)
+    up, normal = torch.stack([side * angle.cos(), zero, angle.sin()], -1), \
+        torch.stack([-side * angle.sin(), zero, angle.cos()], -1)
+    foot = torch.stack([side * draw.uniform("foot", 0.05, 0.15), zero, zero], -1)
+    half = torch.tensor([0.45, 0.42, 0.3], device=angle.device).expand_as(up)
+    center = foot + half[:, :1] * up - half[:, 2:] * normal                          # its foot is sunk into the floor
+    return half, center, tilt_quat(-side * angle), foot, up, normal
+
+
+def lying(shape, size, draw, name):
+    """Half extents (B, N, 3) of bodies about `size` (B, N) large, turned so that what can roll, rolls along x;
+
+    -> also the rotation that lays them down (B, N, 4) and the height of their centre then (B, N)."""
+    N = shape.shape[1]
+    aspect, long = draw.uniform(name, 0.7, 1.0, N, 3), draw.uniform(name + "l", 0.7, 1.1, N, 1)
+    tube = torch.cat([torch.ones_like(aspect[..., :2]), long + 0.4 * (shape == CAPSULE)[..., None]], -1)
+    half = torch.where((shape == BOX)[..., None], aspect, torch.where((shape == SPHERE)[..., None], 1.0, tube))
+    half = half * size[..., None]
+    axial = (shape == CYLINDER) | (shape == CAPSULE)
+    quarter = torch.tensor([0.5**0.5, 0.5**0.5, 0.0, 0.0], device=size.device)       # about x: its axis along y
+    upright = torch.tensor([1.0, 0.0, 0.0, 0.0], device=size.device)
+    return half, torch.where(axial[..., None], quarter, upright), torch.where(shape == BOX, half[..., 2], size)
+
+
+def roll(draw, unseen):
+    """One or two bodies let go on a ramp: what is round rolls down and on along the floor, a box slides or stays.
+
+    unseen: flatter and steeper ramps, sizes, combinations of shape and material."""
+    N = 3                                          # the ramp and two bodies, each in its lane
+    material, hue, tone = palette(draw, N)
+    shape = any_of(range(4), draw, "shape", material, unseen)
+    shape[:, 0] = BOX
+    angle = between(draw, "angle", (9, 18), (6, 8), (20, 24), unseen) * math.pi / 180
+    size = between(draw, "size", (0.13, 0.16), (0.105, 0.12), (0.17, 0.185), unseen, N)
+    block, center, turn, foot, up, normal = ramp(draw, angle)
+    half, rotation, height = lying(shape, size, draw, "aspect")
+    along = torch.stack([0 * angle, draw.uniform("front", 0.2, 0.4), draw.uniform("back", 0.5, 0.7)], -1)
+    across = torch.tensor([0.0, -0.21, 0.21], device=angle.device)[:, None] * torch.tensor([0.0, 1.0, 0.0],
+                                                                                           device=angle.device)
+    position = foot[:, None] + along[..., None] * up[:, None] + across + height[..., None] * normal[:, None]
+    rotation = quat_mul(turn[:, None].expand_as(rotation), rotation)
+    half[:, 0], position[:, 0], rotation[:, 0] = block, center, turn
+    alone, lane = draw("alone", 1) < 0.5, draw("lane", 1) < 0.5
+    which = torch.arange(N, device=angle.device)
+    alive = ~alone | (which == 0) | (which == 1 + lane)
+    moves = (which > 0).expand_as(alive)
+    return bodies(shape, half, material, position, rotation, alive, hue, tone, moves,
+                  normal[:, None].expand_as(position), moves)
+
+
+def collide(draw, unseen):
+    """A body rolls off a ramp and into one or two that stand in its way.
+
+    unseen: flatter and steeper ramps, sizes, combinations of shape and material."""
+    N = 4                                          # the ramp, what rolls, what stands there
+    material, hue, tone = palette(draw, N)
+    shape = any_of(range(4), draw, "shape", material, unseen)
+    shape[:, 0] = BOX
+    shape[:, 1:2] = any_of((SPHERE, CYLINDER, CAPSULE), draw, "rolls", material[:, 1:2], unseen)
+    angle = between(draw, "angle", (20, 30), (16, 18), (32, 36), unseen) * math.pi / 180
+    size = between(draw, "size", (0.13, 0.17), (0.105, 0.12), (0.18, 0.195), unseen, N)
+    block, center, turn, foot, up, normal = ramp(draw, angle)
+    half, rotation, height = lying(shape, size, draw, "aspect")
+    stands = shape[:, 2:] == CYLINDER              # a cylinder that is hit stands upright, a capsule lies across
+    height[:, 2:] = torch.where(stands, half[:, 2:, 2], height[:, 2:])
+    rotation[:, 2:] = torch.where(stands[..., None] | (shape[:, 2:] == BOX)[..., None],
+                                  yaw_quat(draw.uniform("yaw", -0.6, 0.6, 2)), rotation[:, 2:])
+    position = foot[:, None] + draw.uniform("along", 0.5, 0.75)[:, None, None] * up[:, None] \
+        + height[..., None] * normal[:, None]
+    away = torch.stack([draw.uniform("near", 0.3, 0.4), draw.uniform("far", 0.72, 0.85)], -1)       # m from the foot
+    position[:, 2:, 0] = (foot[:, :1].abs() - away) * up[:, :1].sign()
+    position[:, 2:, 1], position[:, 2:, 2] = draw.uniform("aside", -0.06, 0.06, 2), height[:, 2:]
+    rotation[:, 1] = quat_mul(turn, rotation[:, 1])
+    half[:, 0], position[:, 0], rotation[:, 0] = block, center, turn
+    which = torch.arange(N, device=angle.device)
+    alive = (draw("two", 1) < 0.5) | (which < 3)
+    floor = torch.tensor([0.0, 0.0, 1.0], device=angle.device)
+    return bodies(shape, half, material, position, rotation, alive, hue, tone, (which > 0).expand_as(alive),
+                  torch.where((which < 2)[:, None], normal[:, None], floor), (which > 0).expand_as(alive))
+
+
+def support(draw, unseen):
+    """A tower of three or four boxes and cylinders, put up with more or less care: it stands, or it topples.
+
+    unseen: five of them, sizes, combinations of shape and material."""
+    N = 5
+    material, hue, tone = palette(draw, N)
+    shape = any_of((BOX, CYLINDER), draw, "shape", material, unseen)
+    count = 5 if unseen else 3 + (draw("count", 1) < 0.5).long()
+    wide = between(draw, "wide", (0.14, 0.18), (0.12, 0.13), (0.19, 0.2), unseen, N)
+    half = torch.stack([wide, torch.where(shape == BOX, wide * draw.uniform("deep", 0.8, 1.0, N), wide),
+                        draw.uniform("high", 0.08, 0.11, N)], -1)
+    shift = (draw("shift", N, 2) * 2 - 1) * torch.tensor([0.75, 0.2], device=wide.device)
+    shift[:, 0] *= 0.5
+    careless = draw("careless", 1, 1)              # of the whole tower
+    xy = (shift * wide[..., None] * careless).cumsum(1)
+    z = 2 * half[..., 2].cumsum(1) - half[..., 2]
+    rotation = yaw_quat(draw.uniform("yaw", -0.3, 0.3, N))
+    alive = torch.arange(N, device=wide.device) < count
+    alive = alive.expand_as(wide).contiguous()
+    return bodies(shape, half, material, torch.cat([xy, z[..., None]], -1), rotation, alive, hue, tone, alive,
+                  torch.tensor([0.0, 0.0, 1.0], device=wide.device).expand(*wide.shape, 3))
+
+
+def dominoes(draw, unseen):
+    """A row of four or five dominoes. The first one leans on nothing; some rows have a gap that is too wide.
+
+    unseen: six of them, heights."""
+    N = 6
+    material, hue, tone = palette(draw, N)
+    alive = torch.arange(N, device=hue.device) < (6 if unseen else 4 + (draw("count", 1) < 0.5).long())
+    alive = alive.expand_as(hue).contiguous()
+    high = between(draw, "high", (0.18, 0.22), (0.15, 0.165), (0.235, 0.25), unseen, 1)             # half of it
+    half = torch.stack([0.04 + 0 * hue, draw.uniform("deep", 0.09, 0.12, 1).expand_as(hue), high.expand_as(hue)], -1)
+    lean = draw.uniform("lean", 14, 22) * math.pi / 180
+    step = high * draw.uniform("step", 0.8, 1.15, N)                                                # from one to the next
+    step[:, 1] = 0.08 + 2 * high[:, 0] * lean.sin() + draw.uniform("room", 0.02, 0.06)
+    wide = torch.arange(N, device=hue.device) == 2 + (draw("where", 1) * 3).long()
+    step = torch.where(wide & (draw("gap", 1) < 0.35), 2.3 * high, step)
+    step[:, 0] = 0
+    x = step.cumsum(1)
+    x = x - (x * alive).amax(1, keepdim=True) / 2                                    # the row lies in the middle
+    side = torch.where(draw("side", 1) < 0.5, 1.0, -1.0)
+    position = torch.stack([x, 0 * x, half[..., 2]], -1)
+    turn = torch.zeros_like(x)
+    turn[:, 0] = lean                              # it stands on its lower edge, which stays where it was
+    position[:, 0, 0] += 0.04 * (1 - lean.cos()) + high[:, 0] * lean.sin()
+    position[:, 0, 2] = 0.04 * lean.sin() + high[:, 0] * lean.cos()
+    position[..., 0] *= side
+    return bodies(torch.full_like(material, BOX), half, material, position, tilt_quat(turn * side), alive, hue, tone,
+                  alive, torch.tensor([0.0, 0.0, 1.0], device=hue.device).expand(*hue.shape, 3))
+
+
+SCENARIOS = {"drop": drop, "collide": collide, "roll": roll, "support": support, "dominoes": dominoes}
 
 
 def look(draw, size):
@@ -245,12 +422,14 @@ def look(draw, size):
 
 
 def captions(scene):
-    """One line a clip that names every body: colour, material, shape, and whether it falls."""
+    """One line a clip that names every body: colour, material, shape; where things fall, also what falls and rests."""
     names, lines = list(MATERIALS), []
-    columns = (scene[k].tolist() for k in ("alive", "shape", "material", "hue", "falls"))
-    for alive, shape, material, hue, falls in zip(*columns):
-        words = [(HUES[round(h / 30) % 12], names[m], ("ball", *SHAPES[1:])[s], "falls" if f else "rests")
-                 for a, s, m, h, f in zip(alive, shape, material, hue, falls) if a]
+    in_air = (scene["normal"] == 0).all(-1) & scene["alive"]
+    columns = (scene[k].tolist() for k in ("alive", "shape", "material", "hue", "dynamic"))
+    for alive, shape, material, hue, dynamic, air in zip(*columns, in_air.tolist()):
+        words = [[HUES[round(h / 30) % 12], names[m], ("ball", *SHAPES[1:])[s] if d else "ramp"]
+                 + ["falls" if f else "rests"] * any(air)
+                 for a, s, m, h, d, f in zip(alive, shape, material, hue, dynamic, air) if a]
         lines.append(", ".join(f"{'an' if w[0][0] in 'aeiou' else 'a'} {' '.join(w)}" for w in words))
     return lines
 
@@ -263,7 +442,8 @@ def captions(scene):
 
 CORNERS = torch.tensor([[x, y, z] for x in (-1.0, 1.0) for y in (-1.0, 1.0) for z in (-1.0, 1.0)])
 EDGES = torch.tensor([[a, b] for a in range(8) for b in range(a + 1, 8) if (CORNERS[a] != CORNERS[b]).sum() == 1])
-RING = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+RING = torch.tensor([[math.cos(k * math.pi / 4), math.sin(k * math.pi / 4), 0.0] for k in range(8)])
+RIMS = torch.cat([RING[::2] + torch.tensor([0.0, 0.0, z]) for z in (1.0, -1.0)])
 ROUND = 0.01                                       # corners are inset and rounded by this share of the thinnest half
 SOFT = 0.08                                        # and edges, against edges, by this one
 MIDDLE = 1e-3                                      # how much an edge prefers to touch half-way, see nearest()
@@ -314,17 +494,19 @@ class Contacts:
         self.e, self.mu = torch.cat([flat(scene["restitution"]), one]), torch.cat([flat(scene["friction"]), one])
 
     def features(self, k, toward):
-        """Points of bodies k (F,) in their frames -> (F, 8, 3); a cylinder's are on its rims, first those `toward`."""
+        """Points of bodies k (F,) in their frames -> (F, 8, 3); a cylinder's are on its rims, from `toward` on."""
         tube = self.shape[k] == CYLINDER
         if not tube.any():
             return self.points[k]
         d, h = toward[:, :2], self.h[k]
-        length = d.norm(dim=-1, keepdim=True)
-        d = torch.where(length > 1e-6, d / length.clamp_min(1e-6), RING[0].to(d))
-        across = torch.stack([-d[:, 1], d[:, 0]], -1)
-        ring = h[:, None, :1] * (RING.to(d)[:, :1] * d[:, None] + RING.to(d)[:, 1:] * across[:, None])  # (F, 4, 2)
-        z = h[:, None, 2:].expand(-1, 4, 1)
-        rims = torch.cat([torch.cat([ring, z], -1), torch.cat([ring, -z], -1)], 1)
+        # within three degrees of flat the rim's points stay where they are: circling, they would lose their impulses
+        d = d + 0.02 * (1 - d.norm(dim=-1, keepdim=True) / 0.05).clamp_min(0) * RING[0, :2].to(d)
+        d = d / d.norm(dim=-1, keepdim=True).clamp_min(1e-6)
+        ends_on = toward[:, 2:].abs() > 0.5          # it stands: eight points on one rim; it lies: four on each
+        c, s, z = torch.where(ends_on[..., None], RING.to(d), RIMS.to(d)).unbind(-1)                # (F, 8)
+        z = torch.where(ends_on, toward[:, 2:].sign(), z)
+        x, y = d.unsqueeze(-1).unbind(1)
+        rims = torch.stack([h[:, :1] * (c * x - s * y), h[:, :1] * (c * y + s * x), h[:, 2:] * z], -1)
         return torch.where(tube[:, None, None], rims, self.points[k])
 
     def unroll(self, p, k):
@@ -363,15 +545,20 @@ class Contacts:
             flat = self.unroll(at, k)
             radial = (at[..., :2] * d[..., :2]).sum(-1) / at[..., :2].norm(dim=-1).clamp_min(1e-9)
             along = torch.stack([torch.where(tube, radial, d[..., 0]), d[..., 1], d[..., 2]], -1)
-            f = ((flat.abs() - core).clamp_min(0) * torch.where(flat < 0, -along, along)).sum(-1) / square
-            return f + MIDDLE * (s - 0.5)
+            return ((flat.abs() - core).clamp_min(0) * torch.where(flat < 0, -along, along)).sum(-1) / square
 
         low, high = torch.zeros_like(square), torch.ones_like(square)
         f_low, f_high = slope(low), slope(high)
-        inside = (f_low < -MIDDLE) & (f_high > MIDDLE)                               # else ends count, and are corners
+        across = (f_low < -MIDDLE / 2) & (f_high > MIDDLE / 2)
+        # one end lies on a face, the other sticks out: where it leaves the face is a corner of what carries the body
+        leaves = torch.where((f_high > 2 * MIDDLE) & (f_low.abs() <= MIDDLE / 2), 1.0, 0.0) \
+            - torch.where((f_low < -2 * MIDDLE) & (f_high.abs() <= MIDDLE / 2), 1.0, 0.0)
+        inside = across | (leaves != 0)                                              # else ends count, and are corners
+        pull = lambda s: MIDDLE * torch.where(across, s - 0.5, -leaves)
+        f_low, f_high = f_low + pull(low), f_high + pull(high)
         for _ in range(7):
             s = (low + high) / 2
-            f = slope(s)
+            f = slope(s) + pull(s)
             low, f_low = torch.where(f < 0, s, low), torch.where(f < 0, f, f_low)
             high, f_high = torch.where(f < 0, high, s), torch.where(f < 0, f_high, f)
         s = (low * f_high - high * f_low) / torch.where(inside, f_high - f_low, 1.0)
@@ -425,22 +612,21 @@ class Contacts:
 
 class Impulses:
     """Projected Jacobi: impulses that make every contact separate at >= a target speed, within Coulomb's cone."""
-    def __init__(self, a, b, point, n, x, inv_mass, inv_inertia):
-        """a, b (C,), point and normal (C, 3); of all bodies x (M+1, 3), inv_mass (M+1,), inv_inertia (M+1, 3, 3)."""
+    def __init__(self, a, b, point, n, x, inv_mass, inv_inertia, clip):
+        """a, b (C,), point and normal (C, 3); of all bodies x (M+1, 3), inv_mass, clip (M+1,), inv_inertia (M+1, 3, 3)."""
+        self.clip, self.home = clip, clip[a]       # of bodies and of contacts
         self.n, self.k = n, torch.cat([a, b])      # both sides of each contact, one after the other: (2C,)
         self.r = torch.cat([point, point]) - x[self.k]
         self.m, self.I = inv_mass[self.k, None], inv_inertia[self.k]
         self.into = (self.k[:, None] * 3 + torch.arange(3, device=x.device)).flatten()             # (6C,)
         both = lambda y: y[:len(n)] + y[len(n):]
         arm = cross(self.r, torch.cat([n, n]))
-        w_n = both(self.m[:, 0] + dot(arm, rotate(self.I, arm)))                     # inverse mass along the normal
-        # across it: an upper bound for every direction (exact for a ball), so that friction never overshoots
-        w_t = both(self.m[:, 0] + self.I.abs().sum(-1).amax(-1) * dot(self.r, self.r))
-        count = torch.zeros_like(inv_mass).index_add_(0, self.k, torch.ones_like(self.m[:, 0]))
-        count[-1] = 1                              # the world is not moved, so its contacts need not share it
-        # n contacts on a body have lambda_max(D^-1 A) <= n: dividing by (n + 1) / 2 keeps the iteration convergent
-        relax = (torch.maximum(count[a], count[b]) + 1) / 2
-        self.step_n, self.step_t = 1 / (relax * w_n).clamp_min(1e-12), 1 / (relax * w_t).clamp_min(1e-12)
+        # a body's mass is split over its n contacts: with D_ii = n_a w_a + n_b w_b, lambda_max(D^-1 A) <= 1, so that the
+        # iteration converges (w: inverse masses along the normal and, an upper bound for every direction, across it)
+        count = torch.zeros_like(inv_mass).index_add_(0, self.k, torch.ones_like(self.m[:, 0]))[self.k]
+        w_n = both(count * (self.m[:, 0] + dot(arm, rotate(self.I, arm))))
+        w_t = both(count * (self.m[:, 0] + self.I.abs().sum(-1).amax(-1) * dot(self.r, self.r)))
+        self.step_n, self.step_t = 1 / w_n.clamp_min(1e-12), 1 / w_t.clamp_min(1e-12)
 
     def speed(self, v, w):
         """Velocities (M+1, 3) -> that of a against b at each contact (C, 3)."""
@@ -453,17 +639,29 @@ class Impulses:
         return v, w.flatten().index_add(0, self.into, rotate(self.I, cross(self.r, p)).flatten()).view_as(w)
 
     def solve(self, v, w, target, mu, p, iterations):
-        """Velocities, target speeds (C,), friction (C,), first guess of the impulses (C, 3) -> v, w, impulses."""
-        v, w = self.apply(v, w, p)
+        """Velocities, target speeds (C,), friction (C,), first guess of the impulses (C, 3) -> v, w, impulses.
+
+        Nesterov's acceleration, begun anew in a clip whose last step went against the gradient (O'Donoghue & Candes
+        2015): heavy bodies on light ones need hundreds of plain iterations. Velocities are linear in the impulses,
+        so what is extrapolated in these is in those."""
+        last, (v, w) = p, self.apply(v, w, p)
+        v_last, w_last, theta = v, w, torch.ones_like(v[:, 0])                         # theta: of clips, (M+1,)
+        res_last = torch.full_like(theta, torch.inf)
         for _ in range(iterations):
-            u, p_n = self.speed(v, w), dot(p, self.n)
+            theta, was = (theta.square().square() / 4 + theta.square()).sqrt() - theta.square() / 2, theta
+            beta = (was * (1 - was) / (was.square() + theta))[:, None]
+            ahead = lambda new, old, clip: new + beta[clip] * (new - old)
+            v_y, w_y, y = ahead(v, v_last, self.clip), ahead(w, w_last, self.clip), ahead(p, last, self.home)
+            u, y_n = self.speed(v_y, w_y), dot(y, self.n)
             u_n = dot(u, self.n)
-            new_n = (p_n + self.step_n * (target - u_n)).clamp_min(0)
-            new_t = p - p_n[:, None] * self.n - self.step_t[:, None] * (u - u_n[:, None] * self.n)
+            new_n = (y_n + self.step_n * (target - u_n)).clamp_min(0)
+            new_t = y - y_n[:, None] * self.n - self.step_t[:, None] * (u - u_n[:, None] * self.n)
             size = new_t.norm(dim=-1).clamp_min(1e-12)
             new = new_n[:, None] * self.n + new_t * (mu * new_n / size).clamp_max(1)[:, None]
-            v, w = self.apply(v, w, new - p)
-            p = new
+            uphill = torch.zeros_like(theta).index_add_(0, self.home, dot(y - new, new - p) / self.step_n)
+            res = torch.zeros_like(theta).index_add_(0, self.home, (y - new).square().sum(-1) / self.step_n)
+            theta = torch.where(res > res_last, 1.0, theta); res_last = res
+            (v, w), v_last, w_last, p, last = self.apply(v_y, w_y, new - y), v, w, new, p
         return v, w, p
 
 
@@ -490,6 +688,7 @@ def simulate(scene, frames, fps, gravity=None, rate=RATE):
     inertia = flat(principal_inertia(scene["shape"], scene["half_extents"], scene["mass"]))         # (M+1, 3)
     inv_mass = moves / flat(scene["mass"]).clamp_min(1e-12)
     inv_body = moves[:, None] / inertia.clamp_min(1e-12)
+    clip = torch.arange(M + 1, device=device) // N
     contacts = Contacts(scene)
     # impulses are remembered by slot: what rests starts from those of the last step
     warm, last = torch.zeros(contacts.slots, 3, device=device), torch.zeros(0, dtype=torch.long, device=device)
@@ -514,14 +713,14 @@ def simulate(scene, frames, fps, gravity=None, rate=RATE):
         start = warm[slot]
         warm[last], last = 0, slot
         if len(slot):
-            touch = Impulses(a, b, point, n, x, inv_mass, I)
+            touch = Impulses(a, b, point, n, x, inv_mass, I, clip)
             approach = -dot(touch.speed(v, w), n)
             # speed when the surfaces met: what the fall through the gap added is taken away again
             speed = (approach.square() - 2 * dot(g[a] - g[b], n) * gap).clamp_min(0).sqrt()
             bounces = approach > 3 * h * 9.81                                        # slower than that is resting
             target = torch.where(bounces, contacts.e[a] * contacts.e[b] * speed, 0.0)
             v_free, w_free = v, w
-            v, w, p = touch.solve(v, w, target, contacts.mu[a] * contacts.mu[b], start * ~bounces[:, None], 10)
+            v, w, p = touch.solve(v, w, target, contacts.mu[a] * contacts.mu[b], start * ~bounces[:, None], 200 if step == 0 else 20)
             # resting and sliding forces act all through the step, so half of what they do to v belongs into x as well
             steady = torch.ones(M + 1, 1, device=device)
             steady[a[bounces]] = 0
@@ -536,11 +735,11 @@ def simulate(scene, frames, fps, gravity=None, rate=RATE):
                                                     torch.zeros_like(n[c]), iterations)[:2]
             dx, dq = push(touch, slice(None), 4)
             deep = torch.zeros(B + 1, dtype=torch.bool, device=device)
-            deep[a[gap < -DEEP] // N] = True
+            deep[clip[a[gap < -DEEP]]] = True
             if deep.any():                         # a light body lies between the floor and a heavy one that hits it
-                c = deep[a // N]
-                many = push(Impulses(a[c], b[c], point[c], n[c], x, inv_mass, I), c, 32)
-                here = deep[torch.arange(M + 1, device=device) // N, None]
+                c = deep[clip[a]]
+                many = push(Impulses(a[c], b[c], point[c], n[c], x, inv_mass, I, clip), c, 32)
+                here = deep[clip, None]
                 dx, dq = (torch.where(here, m, few) for m, few in zip(many, (dx, dq)))
             x, q = x + dx, quat_mul(quat_exp(dq), q)
         if (step + 1) % steps == 0:
@@ -553,19 +752,19 @@ def simulate(scene, frames, fps, gravity=None, rate=RATE):
 def jitter(scene, camera, draw, pixels=0.5, degrees=5.0):
     """The same scene as far as a picture can tell: body centres moved by `pixels` (std per axis), turned by `degrees`.
 
-    What rests on the floor stays on it and stays upright. draw: a Draws. -> a new scene dict, to be simulated."""
+    What lies on something stays on it: it slides along it and turns about its normal. draw: a Draws. -> a new scene dict, to be simulated."""
     B, N = scene["shape"].shape
     normal = lambda name: ((-2 * (1 - draw(name + "r", N, 3)).log()).sqrt()
                            * (2 * math.pi * draw(name + "a", N, 3)).cos())
     depth = rotate(camera["world_to_camera"][:, None, :3, :3], scene["position"])[..., 2] \
         + camera["world_to_camera"][:, None, 2, 3]
     step = pixels * depth / camera["intrinsics"][:, 0, 0, None]                                     # m a pixel
-    falls = scene["falls"][..., None]
-    flat = torch.tensor([0.0, 0.0, 1.0], device=step.device)
-    turn = normal("turn") * degrees * math.pi / 180
-    position = scene["position"] + normal("move") * step[..., None] * torch.where(falls, 1.0, 1 - flat)
-    return scene | dict(position=position,
-                        rotation=quat_mul(quat_exp(torch.where(falls, turn, turn * flat)), scene["rotation"]))
+    n, moves = scene["normal"], scene["dynamic"][..., None]
+    lies = dot(n, n)[..., None] > 0
+    turn, move = normal("turn") * degrees * math.pi / 180 * moves, normal("move") * step[..., None] * moves
+    turn = torch.where(lies, n * dot(turn, n)[..., None], turn)
+    move = torch.where(lies, move - n * dot(move, n)[..., None], move)
+    return scene | dict(position=scene["position"] + move, rotation=quat_mul(quat_exp(turn), scene["rotation"]))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
