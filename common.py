@@ -109,6 +109,15 @@ def check_range(config, **ranges):
             raise InputError(f"--{name}={value} is out of range: expected {low} to {high}")
 
 
+def check_names(flag, text, known):
+    """"a,b" -> ["a", "b"]; raises InputError unless each is one of `known`."""
+    names = text.split(",")
+    for name in names:
+        if name not in known:
+            raise InputError(f"--{flag}={text}: {name!r} is unknown; expected names out of {', '.join(known)}")
+    return names
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # device, ranks, precision
 

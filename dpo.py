@@ -44,6 +44,7 @@ class Config:
     data: str = "data"              # folder with vae, backbone, dit, head1
     stages: str = "2,3"             # 2 is DPO on the DiT's LoRA, 3 on the physical head (needs lora2 from 2)
     pool: str = "out/pairs"         # folder of preference pairs; made if it lacks shards
+    scenarios: str = "drop"         # names in simdata.SCENARIOS, separated by commas; they take turns
     pairs: int = 384                # scenes to draw candidates for; those without a clear winner are dropped
     candidates: int = 4             # K, clips per scene
     margin: float = 0.3             # least difference of scores, in pixels
@@ -130,19 +131,19 @@ def score(video, batch, weights):
 def pair_stamp(cfg, models):
     """What simulated pairs depend on; pairs from elsewhere only need the same VAE."""
     return {"vae": common.fingerprint(models.vae), "policy": common.fingerprint(models.dit, models.encoder),
-            "candidates": cfg.candidates, "margin": cfg.margin, "sampler_steps": cfg.sampler_steps}
+            **{k: getattr(cfg, k) for k in ("scenarios", "candidates", "margin", "sampler_steps")}}
 
 
 @torch.no_grad()
 def make_pairs(cfg, models, device, rank, world):
     """Fill cfg.pool with shards of pairs, every rank its own; a killed run goes on with the next missing shard."""
     common.make_dir(cfg.pool)
-    stamp = pair_stamp(cfg, models)
+    names, stamp = cfg.scenarios.split(","), pair_stamp(cfg, models)
     missing = [s for s in range(math.ceil(cfg.pairs / SHARD))[rank::world]
                if not os.path.exists(f"{cfg.pool}/{s:04d}.safetensors")]
     for s in tqdm(missing, desc=f"pairs, shards of {SHARD} scenes", disable=rank > 0 or not missing):
         count, start = min(SHARD, cfg.pairs - s * SHARD), s * SHARD
-        scenario = list(simdata.SCENARIOS)[s % len(simdata.SCENARIOS)]
+        scenario = names[s % len(names)]
         seed = 1                                   # training scenes that Stage I, with seed 0, has not seen
         batch = simdata.make_batch(scenario, count, seed, "train", start=start)
         scene, _ = simdata.make_scene(scenario, count, seed, "train", start=start)
@@ -237,11 +238,11 @@ def train(cfg, stage, models, pairs, folder, stop, device, rank, world):
 
     def outcome():
         """traj_l2 on val scenes, the same scenes and noise each time. This, not the loss, is what the stage is for."""
-        total = torch.zeros(2)
+        total, names = torch.zeros(2), cfg.scenarios.split(",")
         raw.eval()
         for i in range(rank * 16, cfg.eval_clips, world * 16):
             count = min(16, cfg.eval_clips - i)
-            scenario = list(simdata.SCENARIOS)[i // 16 % len(simdata.SCENARIOS)]
+            scenario = names[i // 16 % len(names)]
             batch = simdata.make_batch(scenario, count, 0, "val", start=i)
             video = sample.generate(models, batch["video"][:, :, 0].to(device), batch["caption"],
                                     [("val", i + j) for j in range(count)], steps=cfg.sampler_steps).cpu()
@@ -322,6 +323,7 @@ def main():
                        rank=(1, 1024), alpha=(1, 4096), steps=(1, 10**7), batch=(1, 10**6), eval_clips=(1, 10**5),
                        log_every=(1, 10**7), eval_every=(1, 10**7), sampler_steps=(1, 1000), lr=(0, 1),
                        lr_head=(0, 1), warmup=(0, 10**7), shift=(0.01, 100))
+    common.check_names("scenarios", cfg.scenarios, simdata.SCENARIOS)
     if cfg.stages not in ("2", "3", "2,3"):
         raise common.InputError(f"--stages={cfg.stages}: expected 2, 3 or 2,3")
     device, rank, world = common.setup(cfg.device)

@@ -351,6 +351,7 @@ class Config:
     name: str = "encoder"           # the run's folder under out/
     out: str = ""                   # where the backbone's weights go; empty: out/<name>/backbone.safetensors
     model: str = "nano"             # a name in CONFIGS; trained from scratch
+    scenarios: str = "drop"         # names in simdata.SCENARIOS, separated by commas; they take turns
     scenes: int = 4000              # training images, one per scene, spread evenly over the scenarios
     val_scenes: int = 256           # validation images, from the split "val"
     size: int = 64                  # pixels of the rendered images; the encoder resizes them
@@ -371,10 +372,10 @@ class Config:
 PRESETS = {"nano": {}}
 
 
-def render(scenes, seed, split, size):
+def render(scenes, scenarios, seed, split, size):
     """First frames of `scenes` scenes -> image (N, 3, H, W) uint8, depth (N, H, W) in metres, mask (N, H, W) uint8."""
     import simdata                                                                     # PhysEncoder needs no simulator
-    names = list(simdata.SCENARIOS)
+    names = scenarios.split(",")
     counts = [scenes // len(names) + (i < scenes % len(names)) for i in range(len(names))]
     chunks = [(name, min(100, n - start), start) for name, n in zip(names, counts) for start in range(0, n, 100)]
     parts = {"image": [], "depth": [], "mask": []}
@@ -461,6 +462,8 @@ def main():
     common.check_range(cfg, scenes=(1, 10**7), val_scenes=(1, 10**5), size=(16, 1024), steps=(1, 10**7),
                        batch=(1, 10**5), lr=(0, 1), warmup=(0, 10**6), weight_decay=(0, 1), log_every=(1, 10**6),
                        eval_every=(1, 10**6), save_every=(1, 10**6))
+    import simdata
+    common.check_names("scenarios", cfg.scenarios, simdata.SCENARIOS)
     if cfg.model not in CONFIGS:
         raise InputError(f"--model={cfg.model} is unknown; there are: {', '.join(CONFIGS)}")
     device, rank, world = common.setup(cfg.device)
@@ -470,7 +473,7 @@ def main():
         common.check_writable(cfg.out)
     folder = common.start_run(cfg, rank, f"out/{cfg.name}")
     state, log = f"{folder}/state.safetensors", f"{folder}/metrics.jsonl"
-    what = dict(rank=rank, resume=cfg.resume, seed=cfg.seed, size=cfg.size)
+    what = dict(rank=rank, resume=cfg.resume, scenarios=cfg.scenarios, seed=cfg.seed, size=cfg.size)
     train = cached(f"{folder}/train.safetensors", scenes=cfg.scenes, split="train", **what)
     val = cached(f"{folder}/val.safetensors", scenes=cfg.val_scenes, split="val", **what)
 

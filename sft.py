@@ -37,6 +37,7 @@ class Config:
     name: str = "sft"               # the run's folder under out/
     data: str = "data"              # folder with vae.safetensors and backbone.safetensors
     pool: str = "out/pool"          # folder of cached latents; made if it lacks shards
+    scenarios: str = "drop"         # names in simdata.SCENARIOS, separated by commas; they take turns
     clips: int = 8192               # simulated clips in the pool, each also mirrored
     model: str = "nano"             # the DiT, a name in model.CONFIGS
     init_from: str = ""             # a dit.safetensors to start from (with its head1 beside it, if any)
@@ -74,7 +75,7 @@ SHARD = 512                                        # clips simulated and encoded
 def make_pool(cfg, vae, device, rank, world):
     """Fill cfg.pool with shards -> dict(latent (N, C, 1+k, h, w) bf16, image (N, 3, H, W) uint8, text (N, 128))."""
     common.make_dir(cfg.pool)
-    names, shards = list(simdata.SCENARIOS), []    # (path, what it holds): latents of another VAE would train as well,
+    names, shards = cfg.scenarios.split(","), []   # (path, what it holds): latents of another VAE would train as well,
     for s in range(math.ceil(cfg.clips / SHARD)):  # and then sample noise, so a shard remembers where it comes from
         count = min(SHARD, cfg.clips - s * SHARD)
         shards.append((f"{cfg.pool}/{s:04d}.safetensors", dict(
@@ -135,6 +136,7 @@ def main():
     common.check_range(cfg, clips=(1, 10**8), steps=(1, 10**8), batch=(1, 10**6), accumulate=(1, 10**4), lr=(0, 1),
                        adam_lr=(0, 1), warmup=(0, 10**8), weight_decay=(0, 1), shift=(0.01, 100), moving=(0, 1000),
                        drop_text=(0, 1), ema=(0, 1), log_every=(1, 10**8), eval_every=(1, 10**8), eval_clips=(1, 10**4))
+    names = common.check_names("scenarios", cfg.scenarios, simdata.SCENARIOS)
     device, rank, world = common.setup(cfg.device)
     if M.CONFIGS.get(cfg.model, {}).get("text") != "bytes":
         raise common.InputError(f"--model={cfg.model}: expected nano or guide; other ones come with --init_from")
@@ -189,7 +191,7 @@ def main():
             models = sample.Models(vae, encoder.eval() if encoder is not None else None, dit.eval())
             for start in range(rank * 8, cfg.eval_clips, world * 8):
                 count = min(8, cfg.eval_clips - start)
-                scenario = list(simdata.SCENARIOS)[start // 8 % len(simdata.SCENARIOS)]
+                scenario = names[start // 8 % len(names)]
                 batch = simdata.make_batch(scenario, count, 0, "val", start=start)
                 video = sample.generate(models, batch["video"][:, :, 0].to(device), batch["caption"],
                                         [("val", start + i) for i in range(count)]).cpu()

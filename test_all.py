@@ -170,6 +170,19 @@ def test_towers_stand():
             assert k == 0 or path["impulse"][b, 80, k - 1, k].item() == pytest.approx(below, rel=1e-5)
 
 
+def test_heavy_lies_on_light():
+    """Steel on wood, twelve times lighter: what is pushed past the edge topples, the rest stands, sunk in nowhere."""
+    half, edge = [0.16, 0.14, 0.1], 0.16
+    towers = [put([1, top, 1], [half, [0.16, 0.16, 0.1] if top == 2 else half, half],
+                  [[0, 0, 0.1], [x, 0, 0.3], [x, 0, 0.5]]) for top in (1, 2) for x in (edge - 0.02, edge + 0.01)]
+    for tower in towers:
+        tower["mass"] = tower["mass"] * torch.tensor([1.0, 12.0, 12.0])
+    path, moved = run_together(towers, 3)
+    far = moved[:, 1:].norm(dim=-1).amin(1)
+    assert far[::2].max() < 0.005 and far[1::2].min() > 0.1
+    assert path["position"][::2, :, 0, 2].min() > 0.1 - 0.002
+
+
 def test_beams_lie_across():
     """No corner of either is in the other: only edges touch. It lies still, unless its weight is beyond the edge."""
     path, moved = run_together([put([1, 1], [[0.4, 0.1, 0.1], [0.1, 0.4, 0.1]], [[0, 0, 0.1], [0, y, 0.3]])
@@ -178,20 +191,10 @@ def test_beams_lie_across():
     assert moved[1, 1, 2] < -0.02
 
 
-def energy(scene, path):
-    """Potential and kinetic energy of all bodies, (B, T) J."""
-    m = scene["mass"]
-    inertia = simdata.principal_inertia(scene["shape"], scene["half_extents"], m)
-    spin = simdata.rotate(simdata.quat_to_matrix(path["rotation"]).mT, path["angular_velocity"])
-    each = m[:, None] * (9.81 * path["position"][..., 2] + path["velocity"].square().sum(-1) / 2) \
-        + (inertia[:, None] * spin.square()).sum(-1) / 2
-    return (each * scene["alive"][:, None]).sum(-1)
-
-
 def test_no_scene_gains_energy_and_all_settle_down():
     scene, _ = simdata.make_scene("drop", 200, 11)
     path = simdata.simulate(scene, 33, 16)
-    total = energy(scene, path)
+    total = simdata.energy(scene, path)
     assert ((total.amax(1) - total[:, 0]) / total[:, 0]).max() < 0.01
     torch.manual_seed(0)                           # and a heap of all shapes
     shape, size = torch.randint(0, 4, (300, 3)), torch.rand(300, 3, 1) * 0.06 + 0.12
@@ -201,17 +204,17 @@ def test_no_scene_gains_energy_and_all_settle_down():
                           simdata.random_quat(torch.rand(300, 3, 3)), live, torch.zeros(300, 3),
                           torch.ones(300, 3, 2), live)
     path_heap = simdata.simulate(heap, 33, 16)
-    total = energy(heap, path_heap)
+    total = simdata.energy(heap, path_heap)
     assert ((total.amax(1) - total[:, 0]) / total[:, 0]).max() < 0.01
     assert (total[:, -1] < 0.7 * total[:, 0]).all()
     deep = path_heap["position"][..., 2] / tall.amin(-1)[:, None]                    # below 1 it is in the floor
-    assert deep[:, -1].min() > 0.99 and deep.min() > 0.4                             # (steel falls on wood, see below)
+    assert deep[:, -1].min() > 0.99 and deep.min() > 0.6                             # (steel falls on wood, see below)
     low = path["position"][..., 2] - (simdata.quat_to_matrix(path["rotation"])[..., 2, :].abs()
                                       * scene["half_extents"][:, None]).sum(-1)
     box = (scene["shape"] == 1) & scene["alive"]
     low = low.transpose(1, 2)[box]
     assert low[:, -1].min() > -0.002               # at the end no corner is under the floor; for a frame or so it may
-    assert low.min() > -0.04                       # be, when steel hits the twelve times lighter wood that lies on it
+    assert low.min() > -0.02                       # be, when steel hits the twelve times lighter wood that lies on it
 
 
 def test_collision_keeps_momentum():
@@ -355,6 +358,57 @@ def test_a_new_scenario_is_one_function():
         assert (batch["velocity"][:, 0, 0, 0].abs() > 0.01).any() and new in names
     finally:
         del simdata.SCENARIOS[new]
+
+
+@pytest.mark.parametrize("name", simdata.SCENARIOS)
+def test_scenarios(name):
+    """Everything starts from rest, lies or hangs free, is in view, is told apart by its colour and by the caption."""
+    for unseen in (False, True):
+        scene, draw = simdata.make_scene(name, 100, 5, unseen=unseen)
+        alive, hue = scene["alive"], scene["hue"]
+        turn = ((hue[:, :, None] - hue[:, None] + 180) % 360 - 180).abs() + 1e3 * torch.eye(hue.shape[1])
+        pair = alive[:, :, None] & alive[:, None]
+        assert turn[pair].min() > 34.9 and scene["velocity"].abs().max() == 0
+        for caption, n in zip(simdata.captions(scene), alive.sum(1).tolist()):
+            assert len(caption.encode()) <= 128 and caption.count(",") == n - 1
+        x, R = scene["position"].flatten(0, 1), simdata.quat_to_matrix(scene["rotation"].flatten(0, 1))
+        gap = simdata.Contacts(scene).detect(x, R)[5]
+        assert gap.numel() == 0 or gap.min() > -1e-3
+        seen = ((uv := simdata.project(scene["position"], scene["camera"])[0]) > 0).all(-1) & (uv < 64).all(-1)
+        assert seen[scene["dynamic"]].float().mean() > 0.99 and (scene["falls"] <= alive & scene["dynamic"]).all()
+        if name != "drop":
+            held = torch.tensor([simdata.HELD_OUT[m] for m in simdata.MATERIALS])[scene["material"]]
+            ours = ((scene["shape"] == held) & alive).any()
+            assert ours == (unseen and name != "dominoes")                           # which are all boxes
+        # what is jittered still lies on what it lay on, and the world stays where it is
+        moved = simdata.jitter(scene, scene["camera"], draw)
+        step = moved["position"] - scene["position"]
+        assert step[scene["dynamic"]].norm(dim=-1).mean() > 0.01 and step[~scene["dynamic"]].abs().sum() == 0
+        assert simdata.dot(step, scene["normal"]).abs().max() < 1e-6
+    path = simdata.simulate(scene, 25, 16)
+    moved = (path["position"] - path["position"][:, :1]).norm(dim=-1).amax(1)
+    assert (moved[scene["falls"]] > 0.05).float().mean() > 0.3                       # something happens
+    assert moved[alive & ~scene["dynamic"]].sum() == 0
+    total = simdata.energy(scene, path)
+    assert ((total.amax(1) - total[:, 0]) / total[:, 0]).max() < 0.01
+
+
+def test_towers_of_the_world_do_what_statics_says():
+    """A tower stands where all weights are 3 cm inside of what carries them, and topples where one is 1 cm outside."""
+    scene, _ = simdata.make_scene("support", 100, 2)
+    x, h, alive = scene["position"][..., :2], scene["half_extents"][..., :2], scene["alive"]
+    mass, margin = scene["mass"] * alive, torch.full((100,), math.inf)
+    for k in range(x.shape[1] - 1):
+        above = mass[:, k + 1:, None]
+        center = (x[:, k + 1:] * above).sum(1) / above.sum(1).clamp_min(1e-9)
+        low, high = (f(x[:, k] + s * h[:, k], x[:, k + 1] + s * h[:, k + 1])
+                     for f, s in ((torch.maximum, -1), (torch.minimum, 1)))
+        room = torch.minimum(center - low, high - center).amin(1)                    # as if all were unturned boxes
+        margin = torch.where(alive[:, k + 1], torch.minimum(margin, room), margin)
+    path = simdata.simulate(scene, 25, 16)
+    far = torch.where(alive, (path["position"][:, -1] - path["position"][:, 0]).norm(dim=-1), 0).amax(1)
+    assert (margin > 0.03).sum() > 30 and (margin < -0.01).sum() > 20
+    assert far[margin < -0.01].min() > 0.05 and (far[margin > 0.03] < 0.05).all()
 
 
 def test_world_refuses():

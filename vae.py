@@ -362,6 +362,7 @@ def visibility(vae, latent):
 class Config:
     name: str = "vae"               # the run's folder under out/
     out: str = ""                   # where the weights go; empty: out/<name>/vae.safetensors
+    scenarios: str = "drop"         # names in simdata.SCENARIOS, separated by commas; they take turns
     clips: int = 2000               # training clips, simulated once and kept in memory (0.4 MB each)
     val_clips: int = 64             # held-out clips
     steps: int = 4200               # optimizer steps; the learning rate follows a cosine over them
@@ -386,12 +387,13 @@ PRESETS = {"nano": {}}
 SIZE, FRAMES = 64, 25
 
 
-def simulate(split, count, seed, chunk=500):
+def simulate(scenarios, split, count, seed, chunk=500):
     """-> uint8 videos (N, 3, T, H, W) and body masks (N, T, H, W); the scenarios take turns, chunk by chunk."""
     import simdata                                                                     # only training needs the world
-    videos, masks = [], []
+    videos, masks, names = [], [], scenarios.split(",")
+    chunk = min(chunk, math.ceil(count / len(names)))
     for start in tqdm(range(0, count, chunk), desc=f"simulating {split} clips"):
-        scenario = list(simdata.SCENARIOS)[start // chunk % len(simdata.SCENARIOS)]
+        scenario = names[start // chunk % len(names)]
         batch = simdata.make_batch(scenario, min(chunk, count - start), seed, split=split, frames=FRAMES, size=SIZE,
                                    start=start)
         videos.append(((batch["video"] + 1) * 127.5).round().byte())
@@ -401,10 +403,11 @@ def simulate(split, count, seed, chunk=500):
 
 def load_clips(cfg, rank, folder):
     """The clips as a dict of uint8 tensors, from the run folder if they are there; rank 0 simulates them once."""
-    path, key = f"{folder}/clips.safetensors", {"clips": cfg.clips, "val_clips": cfg.val_clips, "seed": cfg.seed}
+    path = f"{folder}/clips.safetensors"
+    key = {k: getattr(cfg, k) for k in ("scenarios", "clips", "val_clips", "seed")}
     if rank == 0 and not (os.path.exists(path) and common.read_weights(path)[1] == key):
-        video, mask = simulate("train", cfg.clips, cfg.seed)
-        val_video, val_mask = simulate("val", cfg.val_clips, cfg.seed)
+        video, mask = simulate(cfg.scenarios, "train", cfg.clips, cfg.seed)
+        val_video, val_mask = simulate(cfg.scenarios, "val", cfg.val_clips, cfg.seed)
         common.save_weights(path, dict(video=video, mask=mask, val_video=val_video, val_mask=val_mask), key)
     if dist.is_initialized():
         dist.barrier()
@@ -467,6 +470,8 @@ def main():
     cfg = common.parse_config(Config, sys.argv[1:], PRESETS)
     common.check_range(cfg, clips=(1, 10**6), val_clips=(1, 10**5), steps=(1, 10**8), batch=(1, 10**5), lr=(0, 1),
                        window=(5, FRAMES), eval_every=(1, 10**8), warmup=(0, 10**8))
+    import simdata
+    common.check_names("scenarios", cfg.scenarios, simdata.SCENARIOS)
     device, rank, world = common.setup(cfg.device)
     if cfg.decoder_only and not cfg.init_from:
         raise common.InputError("--decoder_only=True keeps the encoder of --init_from=FILE; give that file")
