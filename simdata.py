@@ -26,6 +26,7 @@ SHAPES = ("sphere", "box", "cylinder", "capsule")  # the last two along z; half 
 SPHERE, BOX, CYLINDER, CAPSULE = range(4)
 TILE = 0.25                                        # m: the floor's tiles fix the metric scale in every picture
 RATE = 240                                         # Hz, substeps (rounded up to a multiple of the frame rate)
+BURIED = 0.02                                      # m; what sinks in for a frame is still drawn, a ramp's root is not
 SLOP = 2e-4                                        # m; closer than this is touching, so that rest is not a hopping
 #             density kg/m^3, restitution, friction, hues in degrees: what behaves differently looks different
 MATERIALS = {"rubber": (1100.0, 0.75, 0.9, (325, 385)),
@@ -749,7 +750,7 @@ def energy(scene, path, g=9.81):
     """Potential (floor: 0) and kinetic energy of all bodies that can move, (B, T) J; g in m/s^2."""
     m = scene["mass"]
     inertia = principal_inertia(scene["shape"], scene["half_extents"], m)
-    spin = rotate(quat_to_matrix(path["rotation"]).mT, path["angular_velocity"])                    # in the body's frame
+    spin = rotate(quat_to_matrix(path["rotation"]).mT, path["angular_velocity"])                     # in body axes
     each = m[:, None] * (g * path["position"][..., 2] + path["velocity"].square().sum(-1) / 2) \
         + (inertia[:, None] * spin.square()).sum(-1) / 2
     return (each * scene["dynamic"][:, None]).sum(-1)
@@ -928,11 +929,13 @@ def _cast(scene, path, size, samples):
         center, side = _side(camera, _bound(shape, h), x, samples, W)
         index = _window(center, side, W)                                                            # (F, S)
         pixel = torch.stack([(index % W + 0.5) / samples, (index // W + 0.5) / samples], -1)
-        d = _rays(pixel, camera) @ R               # everything below happens in the body's own frame
+        rays = _rays(pixel, camera)
+        d = rays @ R                               # everything below happens in the body's own frame
         o = rotate(R.mT, scene["eye"][clip] - x)
         t, far = _span(o[:, None].expand_as(d), d, shape, h)
         flat = frame[:, None] * W * W + index
-        closer = (t < far) & (t > 0) & (t < depth.view(-1)[flat])
+        above = scene["eye"][clip, 2:] + t * rays[..., 2] > -BURIED                  # the floor hides what is under it
+        closer = (t < far) & (t > 0) & (t < depth.view(-1)[flat]) & above
         row, sample = closer.nonzero().unbind(1)   # from here on only the samples that hit: one in four
         flat, t, kind = flat[row, sample], t[row, sample], shape[row]
         depth.view(-1)[flat], ident.view(-1)[flat] = t, k + 1

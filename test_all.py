@@ -385,6 +385,12 @@ def test_scenarios(name):
         step = moved["position"] - scene["position"]
         assert step[scene["dynamic"]].norm(dim=-1).mean() > 0.01 and step[~scene["dynamic"]].abs().sum() == 0
         assert simdata.dot(step, scene["normal"]).abs().max() < 1e-6
+    batch = simdata.make_batch(name, 4, 5, frames=1)                                # the floor hides what is under it
+    s = (torch.arange(64) + 0.5).expand(64, 64)
+    d = simdata._rays(torch.stack([s, s.T], -1).view(1, -1, 2).expand(4, -1, -1), batch["camera"])
+    M = batch["camera"]["world_to_camera"]
+    z = batch["depth"].view(4, -1) * d[..., 2] - (M[:, :3, 2] * M[:, :3, 3]).sum(1)[:, None]        # of the point seen
+    assert (z[batch["mask"].view(4, -1) > 0].abs() < 1e-4).float().mean() < 0.1      # there one sees the floor itself
     path = simdata.simulate(scene, 25, 16)
     moved = (path["position"] - path["position"][:, :1]).norm(dim=-1).amax(1)
     assert (moved[scene["falls"]] > 0.05).float().mean() > 0.3                       # something happens
