@@ -385,7 +385,8 @@ def main():
     cfg = common.parse_config(Config, sys.argv[1:])
     common.check_range(cfg, n=(1, 10**6), steps=(1, 1000), guide=(0, 30), temperature=(0, 2), best_of=(1, 64),
                        chunk=(1, 4096))
-    common.check_names("scenario", cfg.scenario, simdata.SCENARIOS)
+    if cfg.scenario not in simdata.SCENARIOS:
+        raise common.InputError(f"--scenario={cfg.scenario}: expected one of {', '.join(simdata.SCENARIOS)}")
     if cfg.json:
         common.check_writable(cfg.json)
     if cfg.split not in ("val", "test"):

@@ -9,7 +9,7 @@ dependencies, exact ground truth. Every clip follows from its first frame and it
 
 Physics: 240 Hz substeps. Each is an exact ballistic step, then contacts are resolved by projected Jacobi on impulses
 (accumulated and clamped as in Catto's sequential impulses; a body's mass is split over its contacts, so that the
-iteration is provably convergent and momentum is conserved to rounding), accelerated as Nesterov's gradient method is,
+plain iteration converges, and momentum is conserved to rounding), accelerated as Nesterov's gradient method is,
 so that steel stands on wood, which is twelve times lighter. Then what is left of the penetration is projected out.
 Restitution uses the approach speed at the surface, sqrt(v^2 - 2 g d), not the one at the end of the substep: without
 that, a bounce would depend on where in the substep it fell. Forces of resting and sliding act all through a substep, so
@@ -175,14 +175,18 @@ def bodies(shape, half_extents, material, position, rotation, alive, hue, tone, 
                 color=rgb)
 
 
+def tones(draw, N):
+    """Value and saturation of N bodies, (B, N, 2)."""
+    return torch.stack([draw.uniform("value", 0.8, 1.0, N), draw.uniform("satur", 0.75, 0.95, N)], -1)
+
+
 def palette(draw, N):
     """Materials (B, N), hues (B, N) and tones (B, N, 2) of up to nine bodies that a parser can tell apart."""
     order = draw("palette", len(SLOTS)).argsort(1)[:, :N]
     names, device = list(MATERIALS), draw.key.device
     material, hue = (torch.tensor(column, device=device)[order] for column in
                      ([names.index(m) for m, _ in SLOTS], [float(h) for _, h in SLOTS]))
-    tone = torch.stack([draw.uniform("value", 0.8, 1.0, N), draw.uniform("satur", 0.75, 0.95, N)], -1)
-    return material, (hue + draw.uniform("hue", -2, 2, N)) % 360, tone
+    return material, (hue + draw.uniform("hue", -2, 2, N)) % 360, tones(draw, N)
 
 
 def any_of(shapes, draw, name, material, unseen):
@@ -250,9 +254,8 @@ def drop(draw, unseen):
     first = valid.float().argmax(1)                # (B,) index of the first valid attempt ...
     alive &= valid.any(1, keepdim=True) | (torch.arange(N, device=device) == 0)      # ... else the first body alone
     pick = lambda x: x[torch.arange(B, device=device), first]
-    tone = torch.stack([draw.uniform("value", 0.8, 1.0, N), draw.uniform("satur", 0.75, 0.95, N)], -1)
     return bodies(shape, half_extents, material, pick(position), pick(rotation), alive,
-                  pick(hue) % 360, tone, pick(falls))
+                  pick(hue) % 360, tones(draw, N), pick(falls))
 
 
 def ramp(draw, angle):
@@ -269,9 +272,9 @@ def ramp(draw, angle):
 
 
 def lying(shape, size, draw, name):
-    """Half extents (B, N, 3) of bodies about `size` (B, N) large, turned so that what can roll, rolls along x;
+    """Lay down bodies of about `size` (B, N) m, so that what can roll, rolls along x.
 
-    -> also the rotation that lays them down (B, N, 4) and the height of their centre then (B, N)."""
+    -> half extents (B, N, 3), rotation (B, N, 4), and the height of the centre above what they lie on (B, N)."""
     N = shape.shape[1]
     aspect, long = draw.uniform(name, 0.7, 1.0, N, 3), draw.uniform(name + "l", 0.7, 1.1, N, 1)
     tube = torch.cat([torch.ones_like(aspect[..., :2]), long + 0.4 * (shape == CAPSULE)[..., None]], -1)
@@ -296,8 +299,7 @@ def roll(draw, unseen):
     block, center, turn, foot, up, normal = ramp(draw, angle)
     half, rotation, height = lying(shape, size, draw, "aspect")
     along = torch.stack([0 * angle, draw.uniform("front", 0.2, 0.4), draw.uniform("back", 0.5, 0.7)], -1)
-    across = torch.tensor([0.0, -0.21, 0.21], device=angle.device)[:, None] * torch.tensor([0.0, 1.0, 0.0],
-                                                                                           device=angle.device)
+    across = torch.tensor([[0.0, 0.0, 0.0], [0.0, -0.21, 0.0], [0.0, 0.21, 0.0]], device=angle.device)
     position = foot[:, None] + along[..., None] * up[:, None] + across + height[..., None] * normal[:, None]
     rotation = quat_mul(turn[:, None].expand_as(rotation), rotation)
     half[:, 0], position[:, 0], rotation[:, 0] = block, center, turn

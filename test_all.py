@@ -1156,6 +1156,8 @@ def test_bad_input_is_refused(tmp_path):
                        ("--data=folder", "does not exist"), ("--device=quantum", "cuda")):
         refused("sample.py", "ok.png", *([] if flag.startswith("--data") else [data]), flag, cwd=tmp_path, says=says)
     refused("sample.py", cwd=tmp_path, says="which image")
+    refused("eval.py", "--scenario=drop,roll", cwd=tmp_path, says="expected one of")
+    refused("sft.py", "--scenarios=drop,fly", cwd=tmp_path, says="'fly' is unknown")
     refused("eval.py", "--split=train", cwd=tmp_path, says="val or test")
     refused("dpo.py", "--stages=4", cwd=tmp_path, says="2,3")
     refused("sft.py", "--batch=5", "--accumulate=2", cwd=tmp_path, says="multiple")
