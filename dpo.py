@@ -8,7 +8,7 @@ pairs that the simulator judges, so that no human labels are needed.
 
 Pairs: for each scene the Stage-I model draws K clips from K noise seeds; the parser finds the bodies, the simulator
 says where they should be, best against worst becomes a pair. They lie in out/pairs/: shards of safetensors (first,
-winner, loser: VAE latents; image: uint8; text: bytes) beside a .jsonl with caption, scores, scene and source, one line
+winner, loser: VAE latents; photo: uint8; text: bytes) beside a .jsonl with caption, scores, scene and source, one line
 a pair. Any pairs in that format can be added: the truth as winner, other models, people's choices.
 
 Flow-DPO (PhysMaster Eq. 3), v = eps - x0, the same t and eps for winner and loser, constant beta:
@@ -145,14 +145,14 @@ def make_pairs(cfg, models, device, rank, world):
         count, start = min(SHARD, cfg.pairs - s * SHARD), s * SHARD
         scenario = names[s % len(names)]
         seed = 1                                   # training scenes that Stage I, with seed 0, has not seen
-        batch = simdata.make_batch(scenario, count, seed, "train", start=start)
+        batch = simdata.make_batch(scenario, count, seed, "train", start=start, photo=simdata.PHOTO)
         scene, _ = simdata.make_scene(scenario, count, seed, "train", start=start)
         weights = chaos_weights(scene, batch, batch["video"].shape[2], 16, start)
-        image, text = batch["video"][:, :, 0], M.bytes_to_tokens(batch["caption"])
+        photo, text = batch["photo"], M.bytes_to_tokens(batch["caption"])
         latents, scores = [], []
         with common.autocast(device):
-            first = models.vae.encode(image[:, :, None].to(device))
-            phys = models.encoder(image.to(device), [n // 2 for n in first.shape[3:]]) if models.encoder else None
+            first = models.vae.encode(batch["video"][:, :, :1].to(device))
+            phys = models.encoder(photo.to(device), [n // 2 for n in first.shape[3:]]) if models.encoder else None
             for k in range(cfg.candidates):
                 x0 = sample.generate_latent(models, first, text.to(device), phys,
                                             [("pairs", seed, start + i, k) for i in range(count)],
@@ -172,7 +172,7 @@ def make_pairs(cfg, models, device, rank, world):
         # the tensors last: their file says that the shard is complete
         common.save_weights(f"{cfg.pool}/{s:04d}.safetensors", dict(
             first=first.cpu()[keep].bfloat16(), winner=latents[best, every][keep].bfloat16(),
-            loser=latents[worst, every][keep].bfloat16(), image=((image + 1) * 127.5).round().byte()[keep],
+            loser=latents[worst, every][keep].bfloat16(), photo=((photo + 1) * 127.5).round().byte()[keep],
             text=text[keep].short()), stamp)
     if dist.is_initialized():
         dist.barrier()
@@ -243,9 +243,10 @@ def train(cfg, stage, models, pairs, folder, stop, device, rank, world):
         for i in range(rank * 16, cfg.eval_clips, world * 16):
             count = min(16, cfg.eval_clips - i)
             scenario = names[i // 16 % len(names)]
-            batch = simdata.make_batch(scenario, count, 0, "val", start=i)
+            batch = simdata.make_batch(scenario, count, 0, "val", start=i, photo=simdata.PHOTO)
             video = sample.generate(models, batch["video"][:, :, 0].to(device), batch["caption"],
-                                    [("val", i + j) for j in range(count)], steps=cfg.sampler_steps).cpu()
+                                    [("val", i + j) for j in range(count)], steps=cfg.sampler_steps,
+                                    photo=batch["photo"].to(device)).cpu()
             value = judge.measure(video, batch, detail=False)["traj_l2"]
             total += torch.tensor([value.nansum().item(), value.isfinite().sum().item()])
         raw.train()
@@ -271,9 +272,9 @@ def train(cfg, stage, models, pairs, folder, stop, device, rank, world):
         t, eps = M.sample_t(cfg.batch, g, cfg.shift), torch.randn(cfg.batch, *pairs["winner"].shape[1:], generator=g)
         mine = slice(rank * cfg.batch // world, (rank + 1) * cfg.batch // world)
         row = {k: v[index[mine]].to(device) for k, v in pairs.items()}
-        image = row["image"].float() / 127.5 - 1
+        photo = row["photo"].float() / 127.5 - 1
         with common.autocast(device):
-            features = encoder.features(image) if encoder is not None else (None, None)
+            features = encoder.features(photo) if encoder is not None else (None, None)
             inputs = (*features, row["first"].float(), row["winner"].float(), row["loser"].float(), row["text"].long(),
                       t[mine].to(device), eps[mine].to(device))
             err_w, err_l = model(*inputs)                                                           # (B,), (B,)

@@ -249,18 +249,25 @@ class DepthHead(DPT):
 
 
 class PhysicalHead(DPT):
-    """forward(features, patch_grid, grid) -> physical tokens (B, grid[0] * grid[1], config["out_dim"])."""
+    """forward(features, patch_grid, grid) -> physical tokens (B, grid[0] * grid[1], config["out_dim"]).
+
+    A token is made of the trunk's map, averaged over its part of the picture, and of the last layer's 2 x 2 patches
+    there: what the backbone knows of a body need not fit into a few channels, averaged with the background."""
     def __init__(self, config):
         super().__init__(config)
         # The tokens join the DiT's own patch tokens. Much larger ones would take the attention over before they mean
         # anything, much smaller ones would hardly be seen: norm and weight start them at a std of 0.5, any backbone.
-        self.norm = nn.LayerNorm(config["features"])
-        self.proj = nn.Linear(config["features"], config["out_dim"])
-        nn.init.normal_(self.proj.weight, std=0.5 / math.sqrt(config["features"]))
+        width = config["features"] + 4 * config["dim"]
+        self.norm = nn.LayerNorm(width)
+        self.proj = nn.Linear(width, config["out_dim"])
+        nn.init.normal_(self.proj.weight, std=0.5 / math.sqrt(width))
         nn.init.zeros_(self.proj.bias)
 
     def forward(self, features, patch_grid, grid):
         x = F.adaptive_avg_pool2d(self.trunk(features, patch_grid), grid)              # (B, features, *grid)
+        last = features[-1].mT.unflatten(2, patch_grid)                                # (B, D, *patch_grid)
+        last = F.pixel_unshuffle(F.adaptive_avg_pool2d(last, [2 * n for n in grid]), 2)              # (B, 4 D, *grid)
+        x = torch.cat([x, last.to(x.dtype)], 1)
         return self.proj(self.norm(x.flatten(2).mT))
 
 
@@ -344,7 +351,7 @@ def load_phys_encoder(backbone_path, head_path=None, config=None):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# pretraining on simulated depth
+# pretraining on what the simulator knows
 
 @dataclass
 class Config:
@@ -352,39 +359,78 @@ class Config:
     out: str = ""                   # where the backbone's weights go; empty: out/<name>/backbone.safetensors
     model: str = "nano"             # a name in CONFIGS; trained from scratch
     scenarios: str = "drop"         # names in simdata.SCENARIOS, separated by commas; they take turns
-    scenes: int = 4000              # training images, one per scene, spread evenly over the scenarios
-    val_scenes: int = 256           # validation images, from the split "val"
-    size: int = 64                  # pixels of the rendered images; the encoder resizes them
-    steps: int = 750                # optimizer steps
+    scenes: int = 12000             # training images, one per scene, spread evenly over the scenarios
+    val_scenes: int = 512           # validation images, from the split "val"
+    size: int = 64                  # pixels of the truth: mask, depth, normals; images have the encoder's input_size
+    steps: int = 12000              # optimizer steps
     batch: int = 32                 # global batch size, a multiple of the number of ranks
-    lr: float = 1e-3                # peak learning rate
-    warmup: int = 100               # steps of linear warm-up; a cosine to zero follows
-    body_weight: float = 10.0       # extra weight of a body's pixels in the loss
-    weight_decay: float = 0.05      # of matrices only
-    log_every: int = 10             # steps
-    eval_every: int = 250           # steps; validation
-    save_every: int = 250           # steps; the state that --resume needs
+    lr: float = 3e-3                # peak learning rate of Muon: the matrices inside the networks
+    adam_lr: float = 1e-3           # peak learning rate of AdamW: what enters, leaves, shifts and scales
+    warmup: int = 200               # steps of linear warm-up; a cosine to 1 % follows
+    weight_decay: float = 0.02      # of Muon's matrices
+    body_weight: float = 10.0       # extra weight of a body's pixels in the depth loss
+    ema: float = 0.998              # decay of the weight average that is evaluated and shipped
+    log_every: int = 25             # steps
+    eval_every: int = 1000          # steps; validation
+    save_every: int = 500           # steps; the state that --resume needs
     seed: int = 0                   # data order, augmentation and initial weights
     resume: bool = False            # go on from out/<name>/state.safetensors
     device: str = "auto"            # auto, cuda, mps or cpu
 
 
 PRESETS = {"nano": {}}
+FUTURE = 24                                        # frames whose positions are foretold, 1.5 s
 
 
-def render(scenes, scenarios, seed, split, size):
-    """First frames of `scenes` scenes -> image (N, 3, H, W) uint8, depth (N, H, W) in metres, mask (N, H, W) uint8."""
+def render(scenes, scenarios, seed, split, size, photo):
+    """First frames of `scenes` scenes, and what becomes of them. -> dict over N scenes: image (3, photo, photo) uint8;
+    depth (size, size) in metres, mask (size, size) uint8, normal (3, size, size) int8 in 1/127; body: bodies(...)."""
     import simdata                                                                     # PhysEncoder needs no simulator
     names = scenarios.split(",")
     counts = [scenes // len(names) + (i < scenes % len(names)) for i in range(len(names))]
-    chunks = [(name, min(100, n - start), start) for name, n in zip(names, counts) for start in range(0, n, 100)]
-    parts = {"image": [], "depth": [], "mask": []}
+    chunks = [(name, min(256, n - start), start) for name, n in zip(names, counts) for start in range(0, n, 256)]
+    parts = []
     for name, n, start in tqdm(chunks, desc=f"rendering {split} scenes"):
-        clips = simdata.make_batch(name, n, seed, split=split, frames=1, size=size, start=start)
-        parts["image"].append(((clips["video"][:, :, 0] + 1) * 127.5).round().byte())
-        parts["depth"].append(clips["depth"][:, 0])
-        parts["mask"].append(clips["mask"][:, 0])
-    return {k: torch.cat(v) for k, v in parts.items()}
+        clips = simdata.make_batch(name, n, seed, split, 1 + FUTURE, size, start=start, filmed=1, photo=photo)
+        parts.append(dict(image=((clips["photo"] + 1) * 127.5).round().byte(), depth=clips["depth"][:, 0],
+                          mask=clips["mask"][:, 0], normal=(clips["normal"][:, :, 0] * 127).round().to(torch.int8),
+                          body=bodies(clips, size)))
+    widest = max(p["body"].shape[1] for p in parts)                                    # scenarios differ in slots
+    parts = [p | {"body": F.pad(p["body"], (0, 0, 0, widest - p["body"].shape[1]))} for p in parts]
+    return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
+
+
+def bodies(clips, size):
+    """What the simulator knows of each body and wants to be seen at once -> (B, N, 17 + 2 * FUTURE).
+
+    STATE: centre in the picture (in halves of it, from the middle), its z-depth and height, m; second moments of the
+    box around it in camera axes, m^2 (how large, and turned which way; no axis has to be called the first); what shape;
+    restitution, friction, and whether it falls. Then how far its centre will have moved, frame by frame, in halves of
+    the picture: the physics to come."""
+    import simdata
+    uv, z = simdata.project(clips["position"], clips["camera"])                        # (B, T, N, 2), (B, T, N)
+    uv = uv * 2 / size - 1
+    R = clips["camera"]["world_to_camera"][:, None, :3, :3] @ simdata.quat_to_matrix(clips["rotation"][:, 0])
+    moments = (R * clips["half_extents"][:, :, None].square()) @ R.mT                  # (B, N, 3, 3)
+    row, column = torch.triu_indices(3, 3)
+    state = [uv[:, 0], z[:, 0, :, None], clips["position"][:, 0, :, 2:], moments[:, :, row, column],
+             F.one_hot(clips["shape"].long(), len(simdata.SHAPES)), clips["restitution"][..., None],
+             clips["friction"][..., None], clips["falls"][..., None]]
+    path = (uv[:, 1:] - uv[:, :1]).transpose(1, 2).flatten(2)                          # (B, N, 2 * FUTURE)
+    return torch.cat([*(x.float() for x in state), path], -1) * clips["alive"][..., None]
+
+
+STATE = 17
+MIRROR = torch.ones(STATE + 2 * FUTURE)            # what changes sign in a mirror: u, the moments xy and xz, du
+MIRROR[[0, 5, 6]], MIRROR[STATE::2] = -1, -1
+
+
+def mirror(batch, which):
+    """A mirrored world obeys the same laws: flip the scenes `which` (B,) bool of a batch of render's, in place."""
+    for k in ("image", "depth", "mask", "normal"):
+        batch[k][which] = batch[k][which].flip(-1)
+    batch["normal"][which, 0] *= -1
+    batch["body"][which] *= MIRROR
 
 
 def cached(path, rank, resume, **what):
@@ -394,6 +440,34 @@ def cached(path, rank, resume, **what):
     if dist.is_initialized():
         dist.barrier()
     return common.read_weights(path)[0]
+
+
+class Pretraining(nn.Module):
+    """The backbone and what is asked of it: depth through a DPT, all the rest linearly from its last patch tokens.
+
+    forward(image (B, 3, 14 gh, 14 gw), n) -> inverse depth of the first n images (n, 14 gh, 14 gw); normals
+    (B, 3, s gh, s gw), s pixels a patch; of the body in each of 2 x 2 cells a patch (B, 2 gh, 2 gw, known)."""
+    def __init__(self, config, s):
+        super().__init__()
+        self.s, self.known = s, STATE + 2 * FUTURE
+        self.depth = DepthAnything(config)
+        self.readout = nn.Linear(config["dim"], 3 * s * s + 4 * self.known)
+        nn.init.zeros_(self.readout.weight)
+        nn.init.zeros_(self.readout.bias)
+
+    def forward(self, image, n):
+        features, _ = self.depth.pretrained(image)
+        gh, gw = (side // self.depth.pretrained.patch for side in image.shape[-2:])
+        inverse = self.depth.depth_head([x[:n] for x in features], (gh, gw))
+        normal, body = self.readout(features[-1]).float().split([3 * self.s**2, 4 * self.known], -1)
+        normal = F.pixel_shuffle(normal.mT.unflatten(2, (gh, gw)), self.s)             # (B, 3, s gh, s gw)
+        body = F.pixel_shuffle(body.mT.unflatten(2, (gh, gw)), 2).permute(0, 2, 3, 1)  # (B, 2 gh, 2 gw, known)
+        return inverse.float(), normal, body
+
+
+def cells(mask, patches):
+    """Which body a cell belongs to: mask (B, H, W), 0 nobody, -> (B, 2 * patches, 2 * patches) long."""
+    return F.adaptive_max_pool2d(mask[:, None].float(), 2 * patches)[:, 0].long()
 
 
 def ssi_loss(pred, depth, weight):
@@ -438,34 +512,63 @@ def abs_rel(pred, depth, mask):
 
 
 @torch.no_grad()
-def predict(model, image, size, device):
-    """uint8 images (N, 3, H, W) -> inverse depth (N, H, W) on the CPU, 64 images at a time."""
-    out = []
-    for part in image.split(64):
+def predict(model, image, mask, device):
+    """Pretraining's answers for N images, on the CPU -> inverse depth and normals at the size of the masks (N, H, W);
+    for each of the M bodies that masks have the mean over its cells (N, M, known), 0 where it is not seen."""
+    M, patches = int(mask.max()), image.shape[-1] // model.depth.pretrained.patch
+    inverse, normals, told = [], [], []
+    for part, owner in zip(image.split(64), cells(mask, patches).split(64)):
         with common.autocast(device):
-            pred = model(resize(part.to(device).float() / 127.5 - 1, size, model.pretrained.patch))
-        out.append(F.interpolate(pred.float()[:, None], image.shape[-2:], mode="bilinear")[:, 0].cpu())
-    return torch.cat(out)
+            d, normal, body = model(part.to(device).float() / 127.5 - 1, len(part))
+        inverse.append(F.interpolate(d[:, None], mask.shape[-2:], mode="bilinear")[:, 0].cpu())
+        normals.append(normal.cpu())
+        mine = F.one_hot(owner, M + 1)[..., 1:].float()                                # (B, h, w, M)
+        told.append(torch.einsum("bhwm,bhwk->bmk", mine, body.cpu()) / mine.sum((1, 2)).clamp(min=1)[..., None])
+    return torch.cat(inverse), torch.cat(normals), torch.cat(told)
 
 
-def draw(path, image, depth, pred):
-    """A PNG: image | true | predicted inverse depth, a scene a row, near is bright."""
-    true = torch.where(depth.isfinite() & (depth > 0), 1 / depth, 0)
+def path_l2(told, body):
+    """Mean distance between foretold and true centres of what falls and is in view, over the picture's diagonal, per
+    scene: (B,), NaN where nothing falls. What eval.py's traj_l2 is to a video; told, body (B, N, known)."""
+    pred, true = (x[..., STATE:].unflatten(-1, (FUTURE, 2)) for x in (told, body))
+    inside = ((body[..., None, :2] + true).abs() < 1).all(-1) & (body[..., STATE - 1, None] > 0)    # (B, N, FUTURE)
+    error = (pred - true).norm(dim=-1) / math.sqrt(8)                                  # the diagonal, in halves
+    return error.masked_fill(~inside, torch.nan).nanmean((1, 2))
+
+
+def draw(path, val, inverse, normal, told):
+    """A PNG, a scene a row: image with true (white) and foretold (red) paths; depth and normals, true | predicted."""
+    size = val["image"].shape[-1]
+    true = torch.where(val["depth"].isfinite() & (val["depth"] > 0), 1 / val["depth"], 0)
     high = true.flatten(1).amax(1)[:, None, None]
-    grey = [(d / high).clamp(0, 1).mul(255).byte()[:, None].expand_as(image) for d in (true, align(pred, depth))]
-    rows = torch.cat([image, *grey], dim=3).permute(0, 2, 3, 1).flatten(0, 1)          # (N * H, 3 * W, 3)
-    common.write_image(path, np.ascontiguousarray(rows.numpy().repeat(2, 0).repeat(2, 1)))
+    maps = [(d / high).clamp(0, 1)[:, None].expand(-1, 3, -1, -1) for d in (true, align(inverse, val["depth"]))]
+    seen = (val["mask"] > 0)[:, None]
+    maps += [(n + 1) / 2 * seen for n in (val["normal"] / 127, normal)]
+    image = val["image"].clone()
+    for body, colour in ((val["body"], (255, 255, 255)), (told, (255, 0, 0))):
+        spots = val["body"][:, :body.shape[1], None, :2] + body[..., STATE:].unflatten(-1, (FUTURE, 2))
+        pixel = ((spots + 1) * size / 2).long()                                        # (N, M, FUTURE, 2)
+        for n, m in (val["body"][..., STATE - 1] > 0).nonzero().tolist():
+            x, y = pixel[n, m][((pixel[n, m] >= 0) & (pixel[n, m] < size)).all(-1)].T
+            image[n, :, y, x] = torch.tensor(colour, dtype=torch.uint8)[:, None]
+    rows = torch.cat([image, *(F.interpolate(m, size).clamp(0, 1).mul(255).byte() for m in maps)], 3)
+    common.write_image(path, np.ascontiguousarray(rows.permute(0, 2, 3, 1).flatten(0, 1).numpy()))
 
 
 def main():
     cfg = common.parse_config(Config, sys.argv[1:], PRESETS)
     common.check_range(cfg, scenes=(1, 10**7), val_scenes=(1, 10**5), size=(16, 1024), steps=(1, 10**7),
-                       batch=(1, 10**5), lr=(0, 1), warmup=(0, 10**6), weight_decay=(0, 1), log_every=(1, 10**6),
-                       eval_every=(1, 10**6), save_every=(1, 10**6))
+                       batch=(1, 10**5), lr=(0, 1), adam_lr=(0, 1), warmup=(0, 10**6), weight_decay=(0, 1), ema=(0, 1),
+                       log_every=(1, 10**6), eval_every=(1, 10**6), save_every=(1, 10**6))
     import simdata
+    from model import EMA
     common.check_names("scenarios", cfg.scenarios, simdata.SCENARIOS)
     if cfg.model not in CONFIGS:
         raise InputError(f"--model={cfg.model} is unknown; there are: {', '.join(CONFIGS)}")
+    config = CONFIGS[cfg.model]
+    photo, patches = config["input_size"], config["input_size"] // config["patch_size"]
+    if cfg.size % (2 * patches):
+        raise InputError(f"--size={cfg.size}: expected a multiple of {2 * patches}, twice the patches of {cfg.model}")
     device, rank, world = common.setup(cfg.device)
     if cfg.batch % world:
         raise InputError(f"--batch={cfg.batch} is no multiple of the {world} ranks")
@@ -473,45 +576,51 @@ def main():
         common.check_writable(cfg.out)
     folder = common.start_run(cfg, rank, f"out/{cfg.name}")
     state, log = f"{folder}/state.safetensors", f"{folder}/metrics.jsonl"
-    what = dict(rank=rank, resume=cfg.resume, scenarios=cfg.scenarios, seed=cfg.seed, size=cfg.size)
+    what = dict(rank=rank, resume=cfg.resume, scenarios=cfg.scenarios, seed=cfg.seed, size=cfg.size, photo=photo)
     train = cached(f"{folder}/train.safetensors", scenes=cfg.scenes, split="train", **what)
     val = cached(f"{folder}/val.safetensors", scenes=cfg.val_scenes, split="val", **what)
 
     common.seed_everything(cfg.seed)
-    model = DepthAnything(CONFIGS[cfg.model]).to(device)
-    params = [p for p in model.parameters() if p.requires_grad]
-    inner = [p for k, p in model.named_parameters() if p.requires_grad and p.ndim > 1 and "embed" not in k
-             and "token" not in k]
-    optimizers = [common.Muon(inner, cfg.lr, cfg.weight_decay),
-                  torch.optim.AdamW([p for p in params if not any(p is q for q in inner)], betas=(0.9, 0.99),
-                                    weight_decay=0.0)]
-    start = 0
-    if cfg.resume:
-        start = common.load_state(state, {"model": model}, *optimizers)
+    model = Pretraining(config, cfg.size // patches).to(device)
+    trained = {k: p for k, p in model.named_parameters() if p.requires_grad}
+    # Muon for the matrices inside the networks, AdamW for what enters and leaves them
+    inner = {k for k, p in trained.items() if p.ndim > 1 and not re.search("embed|token|readout", k)}
+    optimizers = [common.Muon([p for k, p in trained.items() if k in inner], cfg.lr, cfg.weight_decay),
+                  torch.optim.AdamW([p for k, p in trained.items() if k not in inner], lr=cfg.adam_lr,
+                                    betas=(0.9, 0.98), weight_decay=0.0)]
+    ema = EMA(model, cfg.ema)
+    parts = {"model": trained, "ema": ema.shadow}
+    start = common.load_state(state, parts, *optimizers) if cfg.resume else 0
     if rank == 0:
         common.trim_log(log, start)
-    net = DistributedDataParallel(model) if world > 1 else model
-    input_size, patch, stop = CONFIGS[cfg.model]["input_size"], model.pretrained.patch, common.Stop()
+    net, stop = DistributedDataParallel(model) if world > 1 else model, common.Stop()
 
+    # all that is asked about bodies counts alike: brought to mean 0 and standard deviation 1 over the training scenes
+    alive = train["body"][train["body"][..., 2] > 0]                                   # a body has a z-depth
+    mean, std = alive[:, :STATE].mean(0), alive[:, :STATE].std(0).clamp(min=1e-3)
+    standard = lambda body: torch.cat([(body[..., :STATE] - mean.to(body)) / std.to(body), body[..., STATE:]], -1)
     # What an image-blind guess scores under the same alignment: the mean inverse depth map of the training scenes.
     blind = torch.where(train["depth"] > 0, 1 / train["depth"], 0).mean(0).expand_as(val["depth"])
     baseline = abs_rel(blind, val["depth"], val["mask"]).nanmean(0)
 
     def evaluate(step):
-        pred = predict(model, val["image"], input_size, device)                        # the raw module, on every rank
-        if rank == 0:
-            score = abs_rel(pred, val["depth"], val["mask"]).nanmean(0)
-            common.log_line(log, {"step": step,
-                                  "val_loss": ssi_loss(pred, val["depth"], weigh(val["mask"])).mean().item(),
-                                  "abs_rel": score[0].item(), "abs_rel_bodies": score[1].item(),
-                                  "abs_rel_blind": baseline[0].item(), "abs_rel_blind_bodies": baseline[1].item()})
-            print(f"step {step}: AbsRel {score[0]:.4f} (blind {baseline[0]:.4f}), "
-                  f"on bodies {score[1]:.4f} (blind {baseline[1]:.4f})")
-            pick = torch.linspace(0, len(pred) - 1, 8).long()
-            draw(f"{folder}/depth.png", val["image"][pick], val["depth"][pick], pred[pick])
-
-    def weigh(mask):                               # bodies are 4 % of the pixels, and what the physics is about
-        return 1 + cfg.body_weight * (mask > 0)
+        with ema.applied(model):
+            inverse, normal, told = predict(model, val["image"], val["mask"], device)  # the raw module, on every rank
+        if rank:
+            return
+        score = abs_rel(inverse, val["depth"], val["mask"]).nanmean(0)
+        true = val["body"][:, :told.shape[1]]
+        path, static = (path_l2(x, true).nanmean().item() for x in (told, torch.zeros_like(told)))
+        cos = F.cosine_similarity(normal, val["normal"].float(), 1)[val["mask"] > 0]
+        angle = cos.clamp(-1, 1).acos().rad2deg().median().item()
+        common.log_line(log, {"step": step, "path_l2": path, "path_l2_static": static, "normal_degrees": angle,
+                              "abs_rel": score[0].item(), "abs_rel_bodies": score[1].item(),
+                              "abs_rel_blind": baseline[0].item(), "abs_rel_blind_bodies": baseline[1].item()})
+        print(f"step {step}: paths off by {path:.4f} of the diagonal (static {static:.4f}), normals by {angle:.0f} "
+              f"degrees, AbsRel {score[0]:.4f} (blind {baseline[0]:.4f}), "
+              f"on bodies {score[1]:.4f} (blind {baseline[1]:.4f})")
+        pick = torch.linspace(0, len(told) - 1, 8).long()
+        draw(f"{folder}/val.png", {k: v[pick] for k, v in val.items()}, inverse[pick], normal[pick], told[pick])
 
     progress = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, desc="pretraining", disable=rank > 0)
     for step in progress:
@@ -520,33 +629,48 @@ def main():
         index = torch.randint(len(train["image"]), (cfg.batch,), generator=g)[rank::world]
         flip = torch.rand(cfg.batch, generator=g)[rank::world] < 0.5
         gain, bias = (0.2 * torch.rand(2, cfg.batch, 3, 1, 1, generator=g) - 0.1)[:, rank::world]
-        image, depth, mask = train["image"][index].float() / 127.5 - 1, train["depth"][index], train["mask"][index]
-        image = torch.where(flip[:, None, None, None], image.flip(3), image) * (1 + gain) + bias
-        depth, mask = (torch.where(flip[:, None, None], x.flip(2), x).to(device) for x in (depth, mask))
-        image = resize(image.clamp(-1, 1).to(device), input_size, patch)               # (B, 3, 112, 112)
+        b = {k: v[index] for k, v in train.items()}
+        mirror(b, flip)
+        image = ((b["image"].float() / 127.5 - 1) * (1 + gain) + bias).clamp(-1, 1).to(device)
+        depth, mask, normal = (b[k].to(device) for k in ("depth", "mask", "normal"))
+        body = standard(b["body"].to(device))                                          # (B, N, known)
 
-        lr = cfg.lr * min((step + 1) / max(cfg.warmup, 1), 0.5 + 0.5 * math.cos(math.pi * step / cfg.steps))
-        for group in (g for optimizer in optimizers for g in optimizer.param_groups):
-            group["lr"] = lr
+        scale = min((step + 1) / (cfg.warmup + 1), 0.01 + 0.495 * (1 + math.cos(math.pi * step / cfg.steps)))
+        for optimizer, peak in zip(optimizers, (cfg.lr, cfg.adam_lr)):
+            for group in optimizer.param_groups:
+                group["lr"] = peak * scale
+        # a DPT costs as much as all the rest, and depth is learned soon: one image in eight goes through it
+        n = math.ceil(len(image) / 8)
         with common.autocast(device):
-            pred = net(image)
-        pred = F.interpolate(pred.float()[:, None], depth.shape[-2:], mode="bilinear")[:, 0]
-        loss = ssi_loss(pred, depth, weigh(mask)).mean()
+            inverse, normals, told = net(image, n)
+        inverse = F.interpolate(inverse[:, None], depth.shape[-2:], mode="bilinear")[:, 0]
+        loss_depth = ssi_loss(inverse, depth[:n], 1 + cfg.body_weight * (mask[:n] > 0)).mean()
+        on = mask > 0
+        loss_normal = ((normals - normal / 127).square().sum(1) + 1e-4).sqrt()[on].mean()
+        owner = cells(mask, patches)
+        clip, y, x = (owner > 0).nonzero().unbind(1)                                   # the cells with a body in them
+        told, body = told[clip, y, x], body[clip, owner[clip, y, x] - 1]               # (cells, known)
+        loss_state = (told - body)[:, :STATE].abs().mean()
+        loss_path = ((told - body)[:, STATE:].unflatten(1, (FUTURE, 2)).square().sum(2) + 1e-4).sqrt().mean()
+        loss = loss_path + 0.5 * loss_normal + 0.5 * loss_state + 0.2 * loss_depth
         model.zero_grad(set_to_none=True)
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(params, 1.0)
+        norm = nn.utils.clip_grad_norm_(trained.values(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
+        ema.update(model, step)
 
         if step % cfg.log_every == 0:
-            value = common.average(loss.item(), device)
+            terms = torch.stack([loss, loss_path, loss_normal, loss_state, loss_depth]).detach()
+            terms = common.average(terms, device).tolist()
             if rank == 0:
-                common.log_line(log, {"step": step, "loss": value, "lr": lr, "grad_norm": norm.item()})
-                progress.set_postfix(loss=f"{value:.3f}")
+                named = dict(zip(("loss", "path", "normal", "state", "depth"), terms))
+                common.log_line(log, {"step": step, **named, "lr": cfg.lr * scale, "grad_norm": norm.item()})
+                progress.set_postfix({k: f"{v:.3f}" for k, v in named.items()})
         done, stopped = step + 1, stop.agreed(device)
         if done % cfg.save_every == 0 or done == cfg.steps or stopped:
             if rank == 0:
-                common.save_state(state, done, {"model": model}, *optimizers)
+                common.save_state(state, done, parts, *optimizers)
         if done % cfg.eval_every == 0 or done == cfg.steps:
             evaluate(step)
         if stopped:
@@ -554,9 +678,10 @@ def main():
             break
     else:
         if rank == 0:
+            ema.copy_to(model)
             out = cfg.out or f"{folder}/backbone.safetensors"
-            common.save_weights(out, model.pretrained, CONFIGS[cfg.model], torch.bfloat16)
-            common.save_weights(f"{folder}/depth_head.safetensors", model.depth_head, CONFIGS[cfg.model])
+            common.save_weights(out, model.depth.pretrained, config, torch.bfloat16)
+            common.save_weights(f"{folder}/depth_head.safetensors", model.depth.depth_head, config)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -323,15 +323,15 @@ def evaluate(models, split, n, seed=0, unseen=False, scenario="drop", best_of=1,
     for start in tqdm(range(0, n, chunk), desc=f"{split}, {'unseen' if unseen else 'seen'}"):
         size = min(chunk, n - start)
         where = dict(seed=seed, split=split, start=start, unseen=unseen)
-        batch, videos = simdata.make_batch(scenario, size, **where), {}
+        batch, videos = simdata.make_batch(scenario, size, **where, photo=simdata.PHOTO), {}
         if references:
             again = simdata.make_batch(scenario, size, **where, jitter_seed=0, truth=False)
             videos = reference_rows(batch, again, vae, device)
         for name, m in models.items():
             keys = [[(split, int(unseen), seed, start + i, k) for i in range(size)] for k in range(best_of)]
-            image = batch["video"][:, :, 0].to(device)
+            image, photo = batch["video"][:, :, 0].to(device), batch["photo"].to(device)
             draws = torch.stack([sample.generate(m, image, batch["caption"], key, steps=steps, guide=guide,
-                                                 temperature=temperature).cpu() for key in keys])
+                                                 temperature=temperature, photo=photo).cpu() for key in keys])
             videos[name] = draws[0]
             if best_of > 1:
                 error = torch.stack([measure(v, batch, detail=False)["traj_l2"].nan_to_num(1) for v in draws])

@@ -85,9 +85,10 @@ def generate_latent(models, image, text, phys, keys, frames=25, steps=12, shift=
 
 @torch.no_grad()
 def generate(models, image, captions, keys, frames=25, steps=12, shift=3.0, cfg=1.0, solver="ab2", progress=None,
-             guide=1.0, temperature=1.0):
+             guide=1.0, temperature=1.0, photo=None):
     """image (B, 3, H, W) in [-1, 1], B captions, B noise keys (int or tuple) -> video (B, 3, frames, H, W) in [-1, 1].
 
+    photo (B, 3, S, S): the same picture for the encoder, which may be finer than the video; by default the image.
     cfg guides by the text, guide away from models.weak, as in model.sample. The noise of a clip depends on its key
     alone, not on the batch, the rank or the device; its scale is the temperature: 1 samples what the model was trained
     on, less leans towards the likeliest future, and seeds differ less."""
@@ -96,7 +97,8 @@ def generate(models, image, captions, keys, frames=25, steps=12, shift=3.0, cfg=
     with common.autocast(device):
         first = models.vae.encode(image[:, :, None])                                                # (B, C, 1, h, w)
         grid = [n // 2 for n in first.shape[3:]]
-        phys = models.encoder(image, grid) if models.encoder is not None else None                  # (B, P, D)
+        look = image if photo is None else photo
+        phys = models.encoder(look, grid) if models.encoder is not None else None                   # (B, P, D)
         text = bytes_to_tokens(captions).to(device)
         x0 = generate_latent(models, first, text, phys, keys, frames, steps, shift, cfg, solver, progress,
                              guide, temperature)
@@ -164,11 +166,16 @@ def main():
     from model import BYTES
     if len(prompt.encode(errors="replace")) > BYTES:
         print(f"the prompt is long: only its first {BYTES} bytes are read")
+    photo = None
+    if models.encoder is not None:                 # it sees the picture as fine as it can, not as the video will be
+        photo, _ = common.read_image(cfg.image, models.encoder.config["input_size"])
+        photo = photo.to(device).expand(cfg.n, -1, -1, -1)
     loaded = time.time()
     with tqdm(total=cfg.steps, desc="sampling", unit="step") as bar:
         video = generate(models, image.to(device).expand(cfg.n, -1, -1, -1), [prompt] * cfg.n,
                          [cfg.seed + i for i in range(cfg.n)], cfg.frames, cfg.steps, cfg.shift, cfg.cfg, cfg.solver,
-                         progress=lambda done, total: bar.update(1), guide=guide, temperature=cfg.temperature)
+                         progress=lambda done, total: bar.update(1), guide=guide, temperature=cfg.temperature,
+                         photo=photo)
     sampled = time.time()
     common.write_video(out, common.grid([common.to_uint8(v) for v in video], min(cfg.n, 4)), fps=16, scale=cfg.scale)
     print(f"prompt: {prompt or '(none)'}")

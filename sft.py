@@ -73,7 +73,7 @@ SHARD = 512                                        # clips simulated and encoded
 
 @torch.no_grad()
 def make_pool(cfg, vae, device, rank, world):
-    """Fill cfg.pool with shards -> dict(latent (N, C, 1+k, h, w) bf16, image (N, 3, H, W) uint8, text (N, 128))."""
+    """Fill cfg.pool with shards -> dict(latent (N, C, 1+k, h, w) bf16, photo (N, 3, S, S) uint8, text (N, 128))."""
     common.make_dir(cfg.pool)
     names, shards = cfg.scenarios.split(","), []   # (path, what it holds): latents of another VAE would train as well,
     for s in range(math.ceil(cfg.clips / SHARD)):  # and then sample noise, so a shard remembers where it comes from
@@ -82,13 +82,15 @@ def make_pool(cfg, vae, device, rank, world):
             vae=common.fingerprint(vae), scenario=names[s % len(names)], start=s * SHARD, count=count)))
     missing = [shard for shard in shards[rank::world] if not os.path.exists(shard[0])]
     for path, what in tqdm(missing, desc="pool, shards of 512", disable=rank > 0 or not missing):
-        batch = simdata.make_batch(what["scenario"], what["count"], 0, "train", start=what["start"], truth=False)
+        batch = simdata.make_batch(what["scenario"], what["count"], 0, "train", start=what["start"], truth=False,
+                                   photo=simdata.PHOTO)
         video = torch.cat([batch["video"], batch["video"].flip(-1)])         # a mirrored world obeys the same laws
         with common.autocast(device):
             latent = torch.cat([vae.encode(v.to(device)).to("cpu", torch.bfloat16) for v in video.split(16)])
-        image = ((video[:, :, 0] + 1) * 127.5).round().byte()
+        photo = torch.cat([batch["photo"], batch["photo"].flip(-1)])
+        photo = ((photo + 1) * 127.5).round().byte()
         text = M.bytes_to_tokens(batch["caption"] * 2).short()
-        common.save_weights(path, dict(latent=latent, image=image, text=text), what)
+        common.save_weights(path, dict(latent=latent, photo=photo, text=text), what)
     if dist.is_initialized():
         dist.barrier()
     parts = [common.read_weights(path) for path, _ in shards]
@@ -97,7 +99,7 @@ def make_pool(cfg, vae, device, rank, world):
             different = next(k for k in what if made.get(k) != what[k])
             raise common.InputError(f"{path} was made with another {different}; delete {cfg.pool} or choose another "
                                     "--pool")
-    return {k: torch.cat([p[k] for p, _ in parts]) for k in ("latent", "image", "text")}
+    return {k: torch.cat([p[k] for p, _ in parts]) for k in ("latent", "photo", "text")}
 
 
 def get_batch(cfg, pool, step):
@@ -120,9 +122,9 @@ class StageOne(nn.Module):
         super().__init__()
         self.dit, self.encoder, self.visible, self.moving = dit, encoder, visible, moving
 
-    def forward(self, latent, image, text, t, eps):
+    def forward(self, latent, photo, text, t, eps):
         grid = [n // 2 for n in latent.shape[3:]]
-        phys = self.encoder(image, grid) if self.encoder is not None else None
+        phys = self.encoder(photo, grid) if self.encoder is not None else None
         x0 = latent[:, :, 1:]
         moves = (x0 - x0.mean(2, keepdim=True)).square().mean(1, keepdim=True).clamp_max(1)         # (B, 1, k, h, w)
         weight = self.visible * (1 + self.moving * moves)
@@ -192,9 +194,10 @@ def main():
             for start in range(rank * 8, cfg.eval_clips, world * 8):
                 count = min(8, cfg.eval_clips - start)
                 scenario = names[start // 8 % len(names)]
-                batch = simdata.make_batch(scenario, count, 0, "val", start=start)
+                batch = simdata.make_batch(scenario, count, 0, "val", start=start, photo=simdata.PHOTO)
                 video = sample.generate(models, batch["video"][:, :, 0].to(device), batch["caption"],
-                                        [("val", start + i) for i in range(count)]).cpu()
+                                        [("val", start + i) for i in range(count)],
+                                        photo=batch["photo"].to(device)).cpu()
                 scores.append(judge.measure(video, batch, detail=False)["traj_l2"])
                 shown += [common.to_uint8(v) for pair in zip(batch["video"], video) for v in pair]
         raw.train()
@@ -222,9 +225,9 @@ def main():
             if world > 1:                          # before the forward: DDP decides there whether to reduce
                 model.require_backward_grad_sync = i == cfg.accumulate - 1
             latent = pool["latent"][index[mine]].to(device).float()
-            image = pool["image"][index[mine]].to(device).float() / 127.5 - 1
+            photo = pool["photo"][index[mine]].to(device).float() / 127.5 - 1
             with common.autocast(device):
-                loss = model(latent, image, take(text), take(t), take(eps))                         # (micro,)
+                loss = model(latent, photo, take(text), take(t), take(eps))                         # (micro,)
             (loss.mean() / cfg.accumulate).backward()
             # the average over all t hides what matters: see which part of the path is being learned
             bins.index_add_(1, (t[mine] * 4).long().clamp_max(3), torch.stack([loss.detach().cpu(), torch.ones(micro)]))

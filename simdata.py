@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
+PHOTO = 112                                        # pixels of the picture that the encoder gets; a video has 64
 SHAPES = ("sphere", "box", "cylinder", "capsule")  # the last two along z; half extents are their bounding boxes'
 SPHERE, BOX, CYLINDER, CAPSULE = range(4)
 TILE = 0.25                                        # m: the floor's tiles fix the metric scale in every picture
@@ -917,7 +918,7 @@ def _sunlight(scene, path, size):
 
 def _cast(scene, path, size, samples):
     """Bodies only, F = B*T, P = (size*samples)^2 -> z-depth (F, P), id (F, P), and the samples that hit: id, flat
-    index into (F, P) and shaded colour (.., 3) for each body."""
+    index into (F, P), shaded colour and normal in world axes (.., 3) for each body."""
     B, T, N, _ = path["position"].shape
     W, device = size * samples, scene["eye"].device
     depth = torch.full((B * T, W * W), torch.inf, device=device)
@@ -948,22 +949,24 @@ def _cast(scene, path, size, samples):
         tone = 1 - torch.where(kind == BOX, faces, 0.25 * half)
         ambient, diffuse = (scene["ambient"][clip][row],
                             dot(normal, rotate(R.mT, scene["light"][clip])[row]).clamp_min(0))
-        hits.append((k + 1, flat, scene["color"][clip, k][row] * (tone * (ambient + (1 - ambient) * diffuse))[:, None]))
+        color = scene["color"][clip, k][row] * (tone * (ambient + (1 - ambient) * diffuse))[:, None]
+        hits.append((k + 1, flat, color, rotate(R[row], normal)))
     return depth, ident, hits
 
 
 def render(scene, path, size=64, antialias=2, truth=True):
-    """Film a simulated scene. -> dict of video (B, 3, T, H, W) in [-1, 1] and, if truth: mask, depth, flow, visible."""
+    """Film a simulated scene. -> dict of video (B, 3, T, H, W) in [-1, 1] and, if truth: mask, depth, normal, flow,
+    visible, as in make_batch."""
     B, T, N, _ = path["position"].shape
     W = size * antialias
     _, ident, hits = _cast(scene, path, size, antialias)
     # the floor does not move: only how much sun it gets. It is filmed once, with more samples: its far tiles are fine
-    fine = 4 if antialias > 1 else 1
+    fine = max(antialias, min(4, 256 // size)) if antialias > 1 else 1
     pool = lambda c: c.view(B, size, fine, size, fine, 3).mean((2, 4)).view(B, 1, size * size, 3)
     lit, dark = map(pool, _background(scene, size, fine)[1:])
     image = (dark + (lit - dark) * _sunlight(scene, path, size)[..., None]).view(-1, 3)             # (B*T*H*W, 3)
     body = torch.zeros(len(image), 4, device=image.device)                           # colour and coverage of each pixel
-    for k, flat, color in hits:
+    for k, flat, color, _ in hits:
         front = ident.view(-1)[flat] == k                         # not hidden by a later body
         flat, color = flat[front], color[front]
         pixel = (flat // (W * W) * size + flat % (W * W) // W // antialias) * size + flat % W // antialias
@@ -973,9 +976,15 @@ def render(scene, path, size=64, antialias=2, truth=True):
     out = dict(video=(image.clamp(0, 1) * 2 - 1).contiguous())
     if not truth:
         return out
-    depth, ident, _ = _cast(scene, path, size, 1)                                    # truth: what a pixel's centre sees
+    depth, ident, hits = _cast(scene, path, size, 1)                                 # truth: what a pixel's centre sees
+    normal = torch.zeros(B * T * size * size, 3, device=image.device)
+    for k, flat, _, n in hits:
+        front = ident.view(-1)[flat] == k
+        normal[flat[front]] = n[front]
+    normal = normal.view(B, -1, 3) @ scene["camera"]["world_to_camera"][:, :3, :3].mT               # camera axes
     depth, ident = torch.minimum(depth.view(B, T, -1), _background(scene, size, 1)[0][:, None]), ident.view(B, T, -1)
     return out | dict(mask=ident.view(B, T, size, size), depth=depth.view(B, T, size, size),
+                      normal=normal.view(B, T, size, size, 3).permute(0, 4, 1, 2, 3).contiguous(),
                       **_flow(scene, path, depth, ident, size))
 
 
@@ -1016,17 +1025,20 @@ def make_scene(scenario, batch_size, seed, split="train", size=64, device="cpu",
 
 @torch.no_grad()
 def make_batch(scenario, batch_size, seed, split="train", frames=25, size=64, fps=16, device="cpu", start=0,
-               unseen=False, antialias=2, truth=True, jitter_seed=None, chunk=32):
+               unseen=False, antialias=2, truth=True, jitter_seed=None, chunk=32, filmed=None, photo=0):
     """Simulate and film a batch of clips. Clip i depends on (split, seed, start + i) alone, whatever the batch size.
 
     Returns a dict, float32 unless said (T frames, N bodies, H = W = size):
       video (B,3,T,H,W) in [-1,1]; mask (B,T,H,W) uint8, 0 background, k+1 body k; depth (B,T,H,W) m, metric z-depth;
+      normal (B,3,T,H,W) of bodies, camera axes (x right, y down, z forward), 0 where there is none;
       flow (B,T-1,2,H,W) px, x right, y down, frame t to t+1; visible (B,T-1,H,W) bool;
       position (B,T,N,3) m, rotation (B,T,N,4) quaternion wxyz, velocity m/s, angular_velocity rad/s (B,T,N,3);
       alive, dynamic, falls (B,N) bool; shape (B,N) index into SHAPES; half_extents (B,N,3) m; mass kg, restitution,
       friction (B,N); floor dict; gravity (B,3) m/s^2; camera dict: intrinsics (B,3,3), world_to_camera (B,4,4);
       caption list[str].
-    unseen: sizes and heights outside the training range. truth=False skips mask, depth, flow, visible.
+      photo (B,3,S,S) in [-1,1], frame 0 at a resolution of its own, if photo = S is given.
+    unseen: sizes and heights outside the training range. truth=False skips mask, depth, normal, flow, visible.
+    filmed: stop the camera after so many frames; positions and the like still have all.
     jitter_seed: an int simulates the scene moved by half a pixel and 5 degrees instead (see jitter).
     Raises ValueError for an unknown scenario or split and for sizes that make no clip."""
     if batch_size < 1 or frames < 1 or size < 8 or fps <= 0:
@@ -1038,7 +1050,14 @@ def make_batch(scenario, batch_size, seed, split="train", frames=25, size=64, fp
         scene = jitter(scene, scene["camera"], draw)
     path = simulate(scene, frames, fps, scene["gravity"])
     part = lambda d, i: {k: part(v, i) if isinstance(v, dict) else v[i:i + chunk] for k, v in d.items()}
-    films = [render(part(scene, i), part(path, i), size, antialias, truth) for i in range(0, batch_size, chunk)]
+    reel = {k: v[:, :filmed] for k, v in path.items()}
+    films = [render(part(scene, i), part(reel, i), size, antialias, truth) for i in range(0, batch_size, chunk)]
+    if photo:                                      # the same camera with finer pixels
+        scale = torch.tensor([photo / size, photo / size, 1.0], device=device)[:, None]
+        fine = scene | dict(camera=scene["camera"] | dict(intrinsics=scene["camera"]["intrinsics"] * scale))
+        still = {k: v[:, :1] for k, v in path.items()}
+        for i, film in zip(range(0, batch_size, chunk), films):
+            film["photo"] = render(part(fine, i), part(still, i), photo, antialias, truth=False)["video"][:, :, 0]
     keep = ("alive", "dynamic", "falls", "shape", "half_extents", "mass", "restitution", "friction", "material",
             "color", "floor", "gravity", "camera", "light")
     return {k: torch.cat([f[k] for f in films]) for k in films[0]} | path | {k: scene[k] for k in keep} \
