@@ -144,7 +144,7 @@ def make_pairs(cfg, models, device, rank, world):
     for s in tqdm(missing, desc=f"pairs, shards of {SHARD} scenes", disable=rank > 0 or not missing):
         count, start = min(SHARD, cfg.pairs - s * SHARD), s * SHARD
         scenario = names[s % len(names)]
-        seed = 1                                   # training scenes that Stage I, with seed 0, has not seen
+        seed = 1                                   # training scenes that neither the backbone nor Stage I has seen
         batch = simdata.make_batch(scenario, count, seed, "train", start=start, photo=simdata.PHOTO)
         scene, _ = simdata.make_scene(scenario, count, seed, "train", start=start)
         weights = chaos_weights(scene, batch, batch["video"].shape[2], 16, start)

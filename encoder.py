@@ -2,12 +2,12 @@
 PhysEncoder: what the first frame tells about the physics of the scene. A frozen DINOv2 looks at the image, a small
 trainable "physical head" (the trunk of Depth Anything's DPT) turns its features into the DiT's physical tokens.
 
-    python encoder.py                     # pretrain the nano backbone on simulated depth, two CPU cores
+    python encoder.py                     # pretrain the nano backbone on the simulator's truth, two CPU cores
     python encoder.py --resume=True       # go on after a stop, bit-exactly
     torchrun --nproc_per_node=8 encoder.py --batch=256 --steps=20000 --scenes=100000
 
-writes out/encoder/backbone.safetensors (config inside), depth_head.safetensors, metrics.jsonl and depth.png: image,
-true and predicted inverse depth of validation scenes. To use the encoder alone, in somebody else's pipeline:
+writes out/encoder/backbone.safetensors (config inside), depth_head.safetensors, metrics.jsonl and val.png: pictures of
+validation scenes with true and foretold paths, depth and normals. To use the encoder alone, in somebody else's pipeline:
 
     small = CONFIGS["depth_anything_v2_vits"]
     encoder = load_phys_encoder("depth_anything_v2_vits.pth", config=small | {"out_dim": 768})

@@ -285,8 +285,8 @@ def clips():
 
 def test_batch_has_what_it_promises(clips):
     B, T, N = 6, 25, clips["alive"].shape[1]
-    shapes = dict(video=(B, 3, T, 64, 64), mask=(B, T, 64, 64), depth=(B, T, 64, 64), flow=(B, T - 1, 2, 64, 64),
-                  visible=(B, T - 1, 64, 64), position=(B, T, N, 3), rotation=(B, T, N, 4), velocity=(B, T, N, 3),
+    shapes = dict(video=(B, 3, T, 64, 64), mask=(B, T, 64, 64), depth=(B, T, 64, 64), normal=(B, 3, T, 64, 64),
+                  flow=(B, T - 1, 2, 64, 64), visible=(B, T - 1, 64, 64), position=(B, T, N, 3), rotation=(B, T, N, 4), velocity=(B, T, N, 3),
                   angular_velocity=(B, T, N, 3), alive=(B, N), shape=(B, N), half_extents=(B, N, 3), dynamic=(B, N),
                   mass=(B, N), restitution=(B, N), friction=(B, N), gravity=(B, 3))
     for key, shape in shapes.items():
@@ -324,6 +324,42 @@ def test_flow_and_depth_say_where_things_go(clips):
     assert mask[b, t, y, x] > 0
     h = clips["half_extents"][b, k]
     assert h.min() * 0.5 <= (z[b, t, k] - clips["depth"][b, t, y, x]) <= h.norm() or mask[b, t, y, x] != k + 1
+
+
+def surface(depth, camera):
+    """Normals (F, 3, H-2, W-2), camera axes, of the surface that depth maps (F, H, W) show, by central differences."""
+    F_, H, W = depth.shape
+    K = camera["intrinsics"]
+    x, y = torch.meshgrid(torch.arange(W) + 0.5, torch.arange(H) + 0.5, indexing="xy")
+    x, y = ((g - K[:, i, 2, None, None]) / K[:, 0, 0, None, None] * depth for i, g in enumerate((x, y)))
+    point = torch.stack([x, y, depth], 1)                                            # (F, 3, H, W)
+    n = torch.linalg.cross(point[:, :, 2:, 1:-1] - point[:, :, :-2, 1:-1], point[:, :, 1:-1, 2:] - point[:, :, 1:-1, :-2],
+                           dim=1)
+    return F.normalize(n, dim=1)                                                     # towards the camera
+
+
+def inner(mask):
+    """Where a pixel (F, H-2, W-2) and its eight neighbours belong to the same body."""
+    m = mask.float()[:, None]
+    return ((F.max_pool2d(m, 3, 1) == -F.max_pool2d(-m, 3, 1)) & (m[..., 1:-1, 1:-1] > 0))[:, 0]
+
+
+def test_normals_are_those_of_the_surface(clips):
+    depth, mask = clips["depth"][:, 0], clips["mask"][:, 0]
+    want, normal = surface(depth, clips["camera"]), clips["normal"][:, :, 0]
+    off = (want * normal[..., 1:-1, 1:-1]).sum(1)[inner(mask)].clamp(-1, 1).acos().rad2deg()
+    assert len(off) > 200 and off.median() < 3                                       # edges of boxes are blurred
+    assert torch.equal(normal.square().sum(1) > 0.5, mask > 0)
+
+
+def test_photo_is_frame_0_in_finer_pixels(clips):
+    still = simdata.make_batch("drop", 6, 3, split="val", filmed=1, photo=simdata.PHOTO)
+    assert still["video"].shape[2] == 1 and torch.equal(still["position"], clips["position"])
+    assert torch.equal(still["video"][:, :, 0], clips["video"][:, :, 0])
+    small = F.interpolate(still["photo"], 64, mode="area")
+    assert (small - still["video"][:, :, 0]).abs().mean() < 0.015
+    blurred = F.interpolate(small, simdata.PHOTO, mode="bilinear")
+    assert (blurred - still["photo"]).abs().mean() > 1.5 * (small - still["video"][:, :, 0]).abs().mean()
 
 
 def test_clip_follows_from_what_is_visible(clips):
@@ -547,6 +583,59 @@ def test_depth_anything_parity(tmp_path):
         want = ref(imagenet(image)).predicted_depth
         assert want.std() > 0.1
         assert (net(image) - want).abs().max() <= 1e-8
+
+
+def test_what_the_backbone_is_asked():
+    """Targets say what the pictures show, mirrored or not, and standing still scores what eval.py's static row scores."""
+    clips = simdata.make_batch("drop", 24, 5, "val")
+    body = E.bodies(clips, 64)
+    assert body.shape == (24, 3, E.STATE + 2 * E.FUTURE) and (body[~clips["alive"]] == 0).all()
+    uv = (body[..., :2] + 1) * 32
+    future = uv[..., None, :] + 32 * body[..., E.STATE:].unflatten(-1, (E.FUTURE, 2))                # (B, N, 24, 2)
+    centre = judge.centroids(torch.stack([clips["mask"] == k + 1 for k in range(3)], 2).float())   # (B, T, N, 2)
+    balls = (clips["shape"] == simdata.SPHERE) & clips["alive"] & (clips["alive"].sum(1, keepdim=True) == 1)
+    seen = ((future > 8) & (future < 56)).all(-1) & balls[..., None]
+    assert seen.sum() > 50
+    assert (future - centre[:, 1:].transpose(1, 2)).norm(dim=-1)[seen].max() < 1     # perspective, and pixels
+    static = E.path_l2(torch.zeros_like(body), body)
+    judged = judge.measure(clips["video"][:, :, :1].expand_as(clips["video"]), clips, detail=False)["traj_l2"]
+    both = static.isfinite() & judged.isfinite()
+    assert static[both].mean() == pytest.approx(judged[both].mean().item(), rel=0.1)
+    assert E.path_l2(body, body).nan_to_num(0).max() == 0
+
+    batch = {"image": torch.rand(24, 3, 8, 8), "depth": clips["depth"][:, 0].clone(), "mask": clips["mask"][:, 0].clone(),
+             "normal": clips["normal"][:, :, 0].clone(), "body": body.clone()}
+    which = torch.arange(24) % 2 == 0
+    E.mirror(batch, which)
+    off = surface(batch["depth"], clips["camera"]) * batch["normal"][..., 1:-1, 1:-1]
+    assert off.sum(1)[inner(batch["mask"])].clamp(-1, 1).acos().rad2deg().median() < 3
+    for b, k in balls.nonzero().tolist():
+        x = centre[b, 0, k, 0]
+        assert abs((batch["body"][b, k, 0] + 1) * 32 - (64 - x if which[b] else x)) < 1
+    # moments: the direction in which a silhouette is long turns the other way
+    R = torch.tensor([[0.8, -0.6, 0], [0.6, 0.8, 0], [0, 0, 1]])
+    long = (R * torch.tensor([0.04, 0.01, 0.01])) @ R.T
+    flipped = torch.diag(torch.tensor([-1.0, 1, 1])) @ long @ torch.diag(torch.tensor([-1.0, 1, 1]))
+    row, column = torch.triu_indices(3, 3)
+    assert torch.allclose(long[row, column] * E.MIRROR[4:10], flipped[row, column])
+
+
+def test_shipped_backbone_knows_what_will_happen():
+    """From its patch tokens a linear map foretells paths twice as well as from those of an untrained backbone."""
+    photo = E.CONFIGS["nano"]["input_size"]
+    sets = [simdata.make_batch("drop", n, 11, split, filmed=1, photo=photo) for n, split in ((320, "train"), (96, "val"))]
+    trained = E.load_phys_encoder(f"{HERE}/data/backbone.safetensors", config={"out_dim": 8})
+    error = []
+    for encoder in (trained, E.PhysEncoder(trained.config)):
+        x, y = [], []
+        for batch in sets:
+            features = torch.cat([encoder.features(p)[0][-1] for p in batch["photo"].split(64)])    # (B, 64, D)
+            owner, body = E.cells(batch["mask"][:, 0], 8)[:, ::2, ::2].flatten(1), E.bodies(batch, 64)
+            b, patch = (owner > 0).nonzero().unbind(1)
+            x.append(F.pad(features[b, patch], (0, 1), value=1.0)), y.append(body[b, owner[b, patch] - 1, E.STATE:])
+        w = torch.linalg.solve(x[0].T @ x[0] + 3.0 * torch.eye(x[0].shape[1]), x[0].T @ y[0])
+        error.append((x[1] @ w - y[1]).unflatten(1, (E.FUTURE, 2)).norm(dim=-1).mean())
+    assert error[0] < 0.6 * error[1], error
 
 
 def test_phys_encoder():
