@@ -7,7 +7,7 @@ trainable "physical head" (the trunk of Depth Anything's DPT) turns its features
     torchrun --nproc_per_node=8 encoder.py --batch=256 --steps=20000 --scenes=100000
 
 writes out/encoder/backbone.safetensors (config inside), depth_head.safetensors, metrics.jsonl and val.png: pictures of
-validation scenes with true and foretold paths, depth and normals. To use the encoder alone, in somebody else's pipeline:
+validation scenes with true and foretold paths, depth and normals. To use the encoder alone, in somebody's pipeline:
 
     small = CONFIGS["depth_anything_v2_vits"]
     encoder = load_phys_encoder("depth_anything_v2_vits.pth", config=small | {"out_dim": 768})

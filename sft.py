@@ -1,7 +1,7 @@
 """
 Stage I: supervised fine-tuning of the DiT and the physical head on ground-truth clips, by flow matching.
 
-    python sft.py                                    # the shipped model: about an hour on two CPU cores
+    python sft.py                                    # the shipped model: 45 minutes on two CPU cores
     python sft.py --preset=taste                     # a short run, to see things fall
     python sft.py --phys=False --name=sft_plain      # without the encoder
     torchrun --nproc_per_node=8 sft.py --batch=512
@@ -66,7 +66,7 @@ PRESETS = {"nano": {}, "taste": dict(name="taste", pool="out/pool_taste", clips=
            # the weak model that sample.py --guide steers away from
            "guide": dict(name="guide", model="guide", phys=False, steps=600)}
 SHARD = 512                                        # clips simulated and encoded at a time
-# Of the scenes. The backbone has learned those of seed 0 by heart, a little: on them its tokens would seem more reliable
+# Of the scenes. The backbone has learned those of seed 0 by heart, a little: its tokens would seem more reliable there
 # than they are on a new picture. Pairs for DPO come from seed 1.
 SEED = 2
 
@@ -82,7 +82,8 @@ def make_pool(cfg, vae, device, rank, world):
     for s in range(math.ceil(cfg.clips / SHARD)):  # and then sample noise, so a shard remembers where it comes from
         count = min(SHARD, cfg.clips - s * SHARD)
         shards.append((f"{cfg.pool}/{s:04d}.safetensors", dict(
-            vae=common.fingerprint(vae), scenario=names[s % len(names)], seed=SEED, start=s * SHARD, count=count)))
+            vae=common.fingerprint(vae), scenario=names[s % len(names)], seed=SEED, start=s * SHARD,
+            count=count)))
     missing = [shard for shard in shards[rank::world] if not os.path.exists(shard[0])]
     for path, what in tqdm(missing, desc="pool, shards of 512", disable=rank > 0 or not missing):
         batch = simdata.make_batch(what["scenario"], what["count"], SEED, "train", start=what["start"],

@@ -286,8 +286,8 @@ def clips():
 def test_batch_has_what_it_promises(clips):
     B, T, N = 6, 25, clips["alive"].shape[1]
     shapes = dict(video=(B, 3, T, 64, 64), mask=(B, T, 64, 64), depth=(B, T, 64, 64), normal=(B, 3, T, 64, 64),
-                  flow=(B, T - 1, 2, 64, 64), visible=(B, T - 1, 64, 64), position=(B, T, N, 3), rotation=(B, T, N, 4), velocity=(B, T, N, 3),
-                  angular_velocity=(B, T, N, 3), alive=(B, N), shape=(B, N), half_extents=(B, N, 3), dynamic=(B, N),
+                  flow=(B, T - 1, 2, 64, 64), visible=(B, T - 1, 64, 64), position=(B, T, N, 3),
+                  rotation=(B, T, N, 4), velocity=(B, T, N, 3), angular_velocity=(B, T, N, 3), alive=(B, N), shape=(B, N), half_extents=(B, N, 3), dynamic=(B, N),
                   mass=(B, N), restitution=(B, N), friction=(B, N), gravity=(B, 3))
     for key, shape in shapes.items():
         assert tuple(clips[key].shape) == shape, key
@@ -333,8 +333,8 @@ def surface(depth, camera):
     x, y = torch.meshgrid(torch.arange(W) + 0.5, torch.arange(H) + 0.5, indexing="xy")
     x, y = ((g - K[:, i, 2, None, None]) / K[:, 0, 0, None, None] * depth for i, g in enumerate((x, y)))
     point = torch.stack([x, y, depth], 1)                                            # (F, 3, H, W)
-    n = torch.linalg.cross(point[:, :, 2:, 1:-1] - point[:, :, :-2, 1:-1], point[:, :, 1:-1, 2:] - point[:, :, 1:-1, :-2],
-                           dim=1)
+    down, right = point[:, :, 2:, 1:-1] - point[:, :, :-2, 1:-1], point[:, :, 1:-1, 2:] - point[:, :, 1:-1, :-2]
+    n = torch.linalg.cross(down, right, dim=1)
     return F.normalize(n, dim=1)                                                     # towards the camera
 
 
@@ -586,7 +586,7 @@ def test_depth_anything_parity(tmp_path):
 
 
 def test_what_the_backbone_is_asked():
-    """Targets say what the pictures show, mirrored or not, and standing still scores what eval.py's static row scores."""
+    """Targets say what the pictures show, mirrored or not; standing still scores what eval.py's static row scores."""
     clips = simdata.make_batch("drop", 24, 5, "val")
     body = E.bodies(clips, 64)
     assert body.shape == (24, 3, E.STATE + 2 * E.FUTURE) and (body[~clips["alive"]] == 0).all()
@@ -603,8 +603,8 @@ def test_what_the_backbone_is_asked():
     assert static[both].mean() == pytest.approx(judged[both].mean().item(), rel=0.1)
     assert E.path_l2(body, body).nan_to_num(0).max() == 0
 
-    batch = {"image": torch.rand(24, 3, 8, 8), "depth": clips["depth"][:, 0].clone(), "mask": clips["mask"][:, 0].clone(),
-             "normal": clips["normal"][:, :, 0].clone(), "body": body.clone()}
+    batch = {"image": torch.rand(24, 3, 8, 8), "normal": clips["normal"][:, :, 0].clone(), "body": body.clone(),
+             **{k: clips[k][:, 0].clone() for k in ("depth", "mask")}}
     which = torch.arange(24) % 2 == 0
     E.mirror(batch, which)
     off = surface(batch["depth"], clips["camera"]) * batch["normal"][..., 1:-1, 1:-1]
@@ -623,7 +623,8 @@ def test_what_the_backbone_is_asked():
 def test_shipped_backbone_knows_what_will_happen():
     """From its patch tokens a linear map foretells paths twice as well as from those of an untrained backbone."""
     photo = E.CONFIGS["nano"]["input_size"]
-    sets = [simdata.make_batch("drop", n, 11, split, filmed=1, photo=photo) for n, split in ((320, "train"), (96, "val"))]
+    sets = [simdata.make_batch("drop", n, 11, split, filmed=1, photo=photo)
+            for n, split in ((320, "train"), (96, "val"))]
     trained = E.load_phys_encoder(f"{HERE}/data/backbone.safetensors", config={"out_dim": 8})
     error = []
     for encoder in (trained, E.PhysEncoder(trained.config)):
@@ -632,7 +633,8 @@ def test_shipped_backbone_knows_what_will_happen():
             features = torch.cat([encoder.features(p)[0][-1] for p in batch["photo"].split(64)])    # (B, 64, D)
             owner, body = E.cells(batch["mask"][:, 0], 8)[:, ::2, ::2].flatten(1), E.bodies(batch, 64)
             b, patch = (owner > 0).nonzero().unbind(1)
-            x.append(F.pad(features[b, patch], (0, 1), value=1.0)), y.append(body[b, owner[b, patch] - 1, E.STATE:])
+            x.append(F.pad(features[b, patch], (0, 1), value=1.0))
+            y.append(body[b, owner[b, patch] - 1, E.STATE:])
         w = torch.linalg.solve(x[0].T @ x[0] + 3.0 * torch.eye(x[0].shape[1]), x[0].T @ y[0])
         error.append((x[1] @ w - y[1]).unflatten(1, (E.FUTURE, 2)).norm(dim=-1).mean())
     assert error[0] < 0.6 * error[1], error
