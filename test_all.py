@@ -288,7 +288,8 @@ def test_batch_has_what_it_promises(clips):
     shapes = dict(video=(B, 3, T, 64, 64), mask=(B, T, 64, 64), depth=(B, T, 64, 64), normal=(B, 3, T, 64, 64),
                   flow=(B, T - 1, 2, 64, 64), visible=(B, T - 1, 64, 64), position=(B, T, N, 3),
                   rotation=(B, T, N, 4), velocity=(B, T, N, 3), angular_velocity=(B, T, N, 3), alive=(B, N),
-                  shape=(B, N), half_extents=(B, N, 3), dynamic=(B, N), mass=(B, N), restitution=(B, N), friction=(B, N), gravity=(B, 3))
+                  shape=(B, N), half_extents=(B, N, 3), dynamic=(B, N), mass=(B, N), restitution=(B, N),
+                  friction=(B, N), gravity=(B, 3))
     for key, shape in shapes.items():
         assert tuple(clips[key].shape) == shape, key
     assert clips["mask"].dtype == torch.uint8 and clips["visible"].dtype == torch.bool
