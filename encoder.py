@@ -388,10 +388,11 @@ def render(scenes, scenarios, seed, split, size, photo):
     import simdata                                                                     # PhysEncoder needs no simulator
     names = scenarios.split(",")
     counts = [scenes // len(names) + (i < scenes % len(names)) for i in range(len(names))]
-    chunks = [(name, min(256, n - start), start) for name, n in zip(names, counts) for start in range(0, n, 256)]
+    chunks = [(name, min(512, n - start), start) for name, n in zip(names, counts) for start in range(0, n, 512)]
     parts = []
     for name, n, start in tqdm(chunks, desc=f"rendering {split} scenes"):
-        clips = simdata.make_batch(name, n, seed, split, 1 + FUTURE, size, start=start, filmed=1, photo=photo)
+        clips = simdata.make_batch(name, n, seed, split, 1 + FUTURE, size, start=start, filmed=1, photo=photo,
+                                   antialias=1)                                        # of the film only truth is used
         parts.append(dict(image=((clips["photo"] + 1) * 127.5).round().byte(), depth=clips["depth"][:, 0],
                           mask=clips["mask"][:, 0], normal=(clips["normal"][:, :, 0] * 127).round().to(torch.int8),
                           body=bodies(clips, size)))
@@ -603,17 +604,22 @@ def main():
     blind = torch.where(train["depth"] > 0, 1 / train["depth"], 0).mean(0).expand_as(val["depth"])
     baseline = abs_rel(blind, val["depth"], val["mask"]).nanmean(0)
 
+    known = {k: v[:cfg.val_scenes] for k, v in train.items()}                          # how much is learned by heart
+
     def evaluate(step):
         with ema.applied(model):
             inverse, normal, told = predict(model, val["image"], val["mask"], device)  # the raw module, on every rank
+            by_heart = predict(model, known["image"], known["mask"], device)[2]
         if rank:
             return
         score = abs_rel(inverse, val["depth"], val["mask"]).nanmean(0)
-        true = val["body"][:, :told.shape[1]]
-        path, static = (path_l2(x, true).nanmean().item() for x in (told, torch.zeros_like(told)))
+        path, static, train_path = (
+            path_l2(x, body[:, :x.shape[1]]).nanmean().item()
+            for x, body in ((told, val["body"]), (torch.zeros_like(told), val["body"]), (by_heart, known["body"])))
         cos = F.cosine_similarity(normal, val["normal"].float(), 1)[val["mask"] > 0]
         angle = cos.clamp(-1, 1).acos().rad2deg().median().item()
-        common.log_line(log, {"step": step, "path_l2": path, "path_l2_static": static, "normal_degrees": angle,
+        common.log_line(log, {"step": step, "path_l2": path, "path_l2_train": train_path, "path_l2_static": static,
+                              "normal_degrees": angle,
                               "abs_rel": score[0].item(), "abs_rel_bodies": score[1].item(),
                               "abs_rel_blind": baseline[0].item(), "abs_rel_blind_bodies": baseline[1].item()})
         print(f"step {step}: paths off by {path:.4f} of the diagonal (static {static:.4f}), normals by {angle:.0f} "

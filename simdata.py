@@ -1036,7 +1036,7 @@ def make_batch(scenario, batch_size, seed, split="train", frames=25, size=64, fp
       alive, dynamic, falls (B,N) bool; shape (B,N) index into SHAPES; half_extents (B,N,3) m; mass kg, restitution,
       friction (B,N); floor dict; gravity (B,3) m/s^2; camera dict: intrinsics (B,3,3), world_to_camera (B,4,4);
       caption list[str].
-      photo (B,3,S,S) in [-1,1], frame 0 at a resolution of its own, if photo = S is given.
+      photo (B,3,S,S) in [-1,1], frame 0 at a resolution of its own, anti-aliased, if photo = S is given.
     unseen: sizes and heights outside the training range. truth=False skips mask, depth, normal, flow, visible.
     filmed: stop the camera after so many frames; positions and the like still have all.
     jitter_seed: an int simulates the scene moved by half a pixel and 5 degrees instead (see jitter).
@@ -1057,7 +1057,7 @@ def make_batch(scenario, batch_size, seed, split="train", frames=25, size=64, fp
         fine = scene | dict(camera=scene["camera"] | dict(intrinsics=scene["camera"]["intrinsics"] * scale))
         still = {k: v[:, :1] for k, v in path.items()}
         for i, film in zip(range(0, batch_size, chunk), films):
-            film["photo"] = render(part(fine, i), part(still, i), photo, antialias, truth=False)["video"][:, :, 0]
+            film["photo"] = render(part(fine, i), part(still, i), photo, 2, truth=False)["video"][:, :, 0]
     keep = ("alive", "dynamic", "falls", "shape", "half_extents", "mass", "restitution", "friction", "material",
             "color", "floor", "gravity", "camera", "light")
     return {k: torch.cat([f[k] for f in films]) for k in films[0]} | path | {k: scene[k] for k in keep} \
