@@ -610,9 +610,11 @@ def test_what_the_backbone_is_asked():
     E.mirror(batch, which)
     off = surface(batch["depth"], clips["camera"]) * batch["normal"][..., 1:-1, 1:-1]
     assert off.sum(1)[inner(batch["mask"])].clamp(-1, 1).acos().rad2deg().median() < 3
-    for b, k in balls.nonzero().tolist():
-        x = centre[b, 0, k, 0]
-        assert abs((batch["body"][b, k, 0] + 1) * 32 - (64 - x if which[b] else x)) < 1
+    for b, k in seen.any(-1).nonzero().tolist():
+        x = centre[b, :, k, 0]
+        x, told = (64 - x if which[b] else x), batch["body"][b, k]
+        assert abs((told[0] + 1) * 32 - x[0]) < 1
+        assert ((told[0] + told[E.STATE::2] + 1) * 32 - x[1:]).abs()[seen[b, k]].max() < 1
     # moments: the direction in which a silhouette is long turns the other way
     R = torch.tensor([[0.8, -0.6, 0], [0.6, 0.8, 0], [0, 0, 1]])
     long = (R * torch.tensor([0.04, 0.01, 0.01])) @ R.T
