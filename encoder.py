@@ -359,10 +359,10 @@ class Config:
     out: str = ""                   # where the backbone's weights go; empty: out/<name>/backbone.safetensors
     model: str = "nano"             # a name in CONFIGS; trained from scratch
     scenarios: str = "drop"         # names in simdata.SCENARIOS, separated by commas; they take turns
-    scenes: int = 12000             # training images, one per scene, spread evenly over the scenarios
+    scenes: int = 36000             # training images, one per scene, spread evenly over the scenarios
     val_scenes: int = 512           # validation images, from the split "val"
     size: int = 64                  # pixels of the truth: mask, depth, normals; images have the encoder's input_size
-    steps: int = 12000              # optimizer steps
+    steps: int = 10000              # optimizer steps
     batch: int = 32                 # global batch size, a multiple of the number of ranks
     lr: float = 3e-3                # peak learning rate of Muon: the matrices inside the networks
     adam_lr: float = 1e-3           # peak learning rate of AdamW: what enters, leaves, shifts and scales
@@ -380,6 +380,9 @@ class Config:
 
 PRESETS = {"nano": {}}
 FUTURE = 24                                        # frames whose positions are foretold, 1.5 s
+STATE = 17                                         # numbers before them, see bodies
+MIRROR = torch.ones(STATE + 2 * FUTURE)            # what changes sign in a mirror: u, the moments xy and xz, du
+MIRROR[[0, 5, 6]], MIRROR[STATE::2] = -1, -1
 
 
 def render(scenes, scenarios, seed, split, size, photo):
@@ -402,12 +405,12 @@ def render(scenes, scenarios, seed, split, size, photo):
 
 
 def bodies(clips, size):
-    """What the simulator knows of each body and wants to be seen at once -> (B, N, 17 + 2 * FUTURE).
+    """What the simulator knows of each body and wants to be seen at once -> (B, N, STATE + 2 * FUTURE).
 
-    STATE: centre in the picture (in halves of it, from the middle), its z-depth and height, m; second moments of the
-    box around it in camera axes, m^2 (how large, and turned which way; no axis has to be called the first); what shape;
-    restitution, friction, and whether it falls. Then how far its centre will have moved, frame by frame, in halves of
-    the picture: the physics to come."""
+    First the state: centre in the picture (in halves of it, from the middle), its z-depth and height, m; second moments
+    of the box around it in camera axes, m^2 (how large, and turned which way; no axis has to be called the first); what
+    shape; restitution, friction, and whether it falls. Then how far its centre will have moved, frame by frame, in
+    halves of the picture: the physics to come."""
     import simdata
     uv, z = simdata.project(clips["position"], clips["camera"])                        # (B, T, N, 2), (B, T, N)
     uv = uv * 2 / size - 1
@@ -419,11 +422,6 @@ def bodies(clips, size):
              clips["friction"][..., None], clips["falls"][..., None]]
     path = (uv[:, 1:] - uv[:, :1]).transpose(1, 2).flatten(2)                          # (B, N, 2 * FUTURE)
     return torch.cat([*(x.float() for x in state), path], -1) * clips["alive"][..., None]
-
-
-STATE = 17
-MIRROR = torch.ones(STATE + 2 * FUTURE)            # what changes sign in a mirror: u, the moments xy and xz, du
-MIRROR[[0, 5, 6]], MIRROR[STATE::2] = -1, -1
 
 
 def mirror(batch, which):
@@ -652,12 +650,13 @@ def main():
         inverse = F.interpolate(inverse[:, None], depth.shape[-2:], mode="bilinear")[:, 0]
         loss_depth = ssi_loss(inverse, depth[:n], 1 + cfg.body_weight * (mask[:n] > 0)).mean()
         on = mask > 0
-        loss_normal = ((normals - normal / 127).square().sum(1) + 1e-4).sqrt()[on].mean()
+        some = lambda x: x.sum() / max(x.numel(), 1)                                   # no body in view: 0, not NaN
+        loss_normal = some(((normals - normal / 127).square().sum(1) + 1e-4).sqrt()[on])
         owner = cells(mask, patches)
         clip, y, x = (owner > 0).nonzero().unbind(1)                                   # the cells with a body in them
         told, body = told[clip, y, x], body[clip, owner[clip, y, x] - 1]               # (cells, known)
-        loss_state = (told - body)[:, :STATE].abs().mean()
-        loss_path = ((told - body)[:, STATE:].unflatten(1, (FUTURE, 2)).square().sum(2) + 1e-4).sqrt().mean()
+        loss_state = some((told - body)[:, :STATE].abs())
+        loss_path = some(((told - body)[:, STATE:].unflatten(1, (FUTURE, 2)).square().sum(2) + 1e-4).sqrt())
         loss = loss_path + 0.5 * loss_normal + 0.5 * loss_state + 0.2 * loss_depth
         model.zero_grad(set_to_none=True)
         loss.backward()
