@@ -42,11 +42,11 @@ class Config:
     model: str = "nano"             # the DiT, a name in model.CONFIGS
     init_from: str = ""             # a dit.safetensors to start from (with its head1 beside it, if any)
     phys: bool = True               # with the PhysEncoder; False trains the plain DiT
-    steps: int = 3000               # optimizer steps
+    steps: int = 3500               # optimizer steps
     batch: int = 32                 # clips a step, over all ranks
     accumulate: int = 1             # micro-batches a step and rank, for less memory
-    lr: float = 1.2e-2              # peak learning rate of Muon: the matrices inside the blocks
-    adam_lr: float = 4e-3           # peak learning rate of AdamW: what enters, leaves, shifts and scales
+    lr: float = 6e-3                # peak learning rate of Muon: the matrices inside the blocks
+    adam_lr: float = 3e-3           # peak learning rate of AdamW: what enters, leaves, shifts and scales
     warmup: int = 200               # steps
     weight_decay: float = 0.02      # on matrices
     shift: float = 5.0              # > 1 trains more near pure noise, where it is decided who goes where
@@ -62,9 +62,10 @@ class Config:
     device: str = "auto"            # auto, cuda, mps or cpu
 
 
-PRESETS = {"nano": {}, "taste": dict(name="taste", pool="out/pool_taste", clips=1536, steps=450, eval_every=225),
+FAST = dict(lr=1.2e-2, adam_lr=4e-3)               # short runs want higher rates
+PRESETS = {"nano": {}, "taste": FAST | dict(name="taste", pool="out/pool_taste", clips=1536, steps=450, eval_every=225),
            # the weak model that sample.py --guide steers away from
-           "guide": dict(name="guide", model="guide", phys=False, steps=600)}
+           "guide": FAST | dict(name="guide", model="guide", phys=False, steps=600)}
 SHARD = 512                                        # clips simulated and encoded at a time
 # Of the scenes. The backbone has learned those of seed 0 by heart, a little: its tokens would seem more reliable there
 # than they are on a new picture. Pairs for DPO come from seed 1.

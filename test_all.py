@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageSequence
 
 import common
 import dpo
@@ -1209,6 +1209,16 @@ def test_sample_command(tmp_path):
                cwd=tmp_path)
     assert "out/drop.mp4" in done.stdout and common.read_video(str(tmp_path / "out/drop.mp4")).shape[2] == 192
     assert not [f for f in os.listdir(tmp_path) if f.startswith(".tmp")]
+    # the same frame 0 from a coarse picture: the encoder had less to look at
+    coarse, _ = common.read_image(f"{HERE}/data/drop.png", 64)
+    common.write_image(str(tmp_path / "coarse.png"), common.to_uint8(coarse[:, None])[0])
+    flags = [f"--data={HERE}/data", "--steps=2", "--scale=1", "--prompt=a red rubber ball falls"]
+    for name, image in (("fine", f"{HERE}/data/drop.png"), ("coarse", "coarse.png")):
+        run("sample.py", image, *flags, f"--out={name}.gif", cwd=tmp_path)
+    frames = lambda name: np.stack([np.array(f.convert("RGB"))
+                                    for f in ImageSequence.Iterator(Image.open(tmp_path / f"{name}.gif"))])
+    fine, coarse = frames("fine"), frames("coarse")
+    assert (fine[0] == coarse[0]).all() and (fine[1:] != coarse[1:]).any()
 
 
 def test_shipped_model_listens():
@@ -1229,6 +1239,10 @@ def test_shipped_model_listens():
     spread = lambda T: (sample.generate(models, image, captions, keys, steps=8, temperature=T) - sample.generate(
         models, image, captions, [("u", i) for i in range(4)], steps=8, temperature=T)).abs().mean()
     assert 0.1 * spread(1.0) < spread(sample.DEFAULT_TEMPERATURE) < 0.8 * spread(1.0) and spread(0.0) == 0
+    photo = simdata.make_batch("drop", 4, 77, "val", filmed=1, photo=simdata.PHOTO, truth=False)["photo"]
+    finer = sample.generate(models, image, captions, keys, steps=8, photo=photo)
+    assert 1e-3 < (finer - video).abs().mean() < 0.05                            # the encoder sees more in the photo
+    assert (sample.generate(models, image, captions, keys, steps=8, photo=photo.flip(0)) - finer).abs().mean() > 0.01
     deaf = sample.Models(models.vae, lambda x, grid: torch.zeros(len(x), grid[0] * grid[1], 256), models.dit)
     assert (sample.generate(deaf, image, captions, keys, steps=8) - video).abs().max() > 0.02
     metrics, still = judge.measure(video, batch), judge.measure(image[:, :, None].expand_as(video), batch)
