@@ -300,6 +300,24 @@ def log_line(path, entry):
         f.write(json.dumps(entry) + "\n")
 
 
+def read_lines(path, mend=False):
+    """A .jsonl file -> its list of dicts. mend: drop a last line that was cut off, from the file as well.
+
+    Raises InputError, with the line's number, for what is no JSON object."""
+    with open(path) as f:
+        lines = f.readlines()
+    if mend and lines and not lines[-1].endswith("\n"):
+        with atomic(path) as tmp, open(tmp, "w") as f:
+            f.writelines(lines := lines[:-1])
+    entries = []
+    for i, line in enumerate(lines, 1):
+        try:
+            entries.append(dict(json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{path}, line {i}: expected a JSON object: {error}") from None
+    return entries
+
+
 def trim_log(path, step):
     """Drop the lines at or after `step`, so that a resumed run's log has each step once."""
     if os.path.exists(path):
@@ -480,8 +498,18 @@ def read_image(path, size):
 VIDEO_EXTENSIONS = (".mp4", ".gif", ".webp")
 
 
-def write_video(path, frames, fps, scale=1):
-    """uint8 (T, H, W, 3) -> mp4, gif or webp by extension. scale: integer enlargement, nearest neighbour."""
+def fit(frames, size):
+    """uint8 (T, H, W, 3) -> (T, size, size, 3): the centre square, resized (Lanczos)."""
+    if frames.shape[1:3] == (size, size):
+        return frames
+    return np.stack([np.asarray(ImageOps.fit(Image.fromarray(f), (size, size), Image.Resampling.LANCZOS))
+                     for f in frames])
+
+
+def write_video(path, frames, fps, scale=1, lossless=False):
+    """uint8 (T, H, W, 3) -> mp4, gif or webp by extension. scale: integer enlargement, nearest neighbour.
+
+    lossless: an mp4 in RGB, exact for data; browsers want the usual one."""
     frames = np.asarray(frames).repeat(scale, 1).repeat(scale, 2)
     extension = os.path.splitext(path)[1].lower()
     if extension not in VIDEO_EXTENSIONS:
@@ -492,8 +520,9 @@ def write_video(path, frames, fps, scale=1):
             # x264 with one thread: the same frames give the same bytes; macro_block_size=1: no silent resize
             with open(tmp, "wb"):
                 pass                                                                   # a missing folder fails here
-            imageio.mimwrite(tmp, frames, fps=fps, codec="libx264", macro_block_size=1, pixelformat="yuv420p",
-                             ffmpeg_log_level="error", output_params=["-crf", "12", "-threads", "1"])
+            codec, pixels, quality = ("libx264rgb", "rgb24", "0") if lossless else ("libx264", "yuv420p", "12")
+            imageio.mimwrite(tmp, frames, fps=fps, codec=codec, macro_block_size=1, pixelformat=pixels,
+                             ffmpeg_log_level="error", output_params=["-crf", quality, "-threads", "1"])
         else:
             images = [Image.fromarray(f) for f in frames]
             images[0].save(tmp, save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0,

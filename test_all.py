@@ -1171,6 +1171,74 @@ def test_vae_and_encoder_train_and_resume(tmp_path):
     assert encoder(torch.zeros(1, 3, 64, 64), (4, 4)).shape == (1, 16, 8)
 
 
+def test_clips_on_disk(tmp_path):
+    """Exported clips come back as they were, whatever the number of bodies; a stopped export goes on; eval.py gives the
+    same numbers from the folder as from the simulator, and says which clip is broken and why."""
+    folder = tmp_path / "world"
+    simdata.export(str(folder), "drop", 3, 5, "val")
+    before = {f: os.stat(folder / f).st_mtime_ns for f in os.listdir(folder) if f.endswith(".npz")}
+    with open(folder / "clips.jsonl", "a") as f:
+        f.write('{"clip": "drop-va')                                                 # killed while it wrote a line
+    simdata.export(str(folder), "drop", 6, 5, "val")
+    assert all(os.stat(folder / f).st_mtime_ns == t for f, t in before.items())      # what is there is kept
+    simdata.export(str(folder), "support", 2, 5, "val")                              # more bodies
+    clips = simdata.Clips(str(folder))
+    back, true = clips.read(0, len(clips)), simdata.make_batch("drop", 6, 5, "val", photo=simdata.PHOTO)
+    more = simdata.make_batch("support", 2, 5, "val")
+    assert len(clips) == 8 and back["caption"] == true["caption"] + more["caption"]
+    N = more["alive"].shape[1]
+    assert back["alive"].shape == (8, N) and not back["alive"][:6, true["alive"].shape[1]:].any()
+    assert (back["video"][:6] - true["video"]).abs().max() <= 1.001 / 127.5 / 2      # eight bits, nothing else
+    assert (back["photo"][:6] - true["photo"]).abs().mean() < 0.02                   # from a finer picture
+    for batch, part in ((true, slice(0, 6)), (more, slice(6, 8))):
+        n = batch["alive"].shape[1]
+        for k in ("mask", "depth", "normal", "flow", "visible"):
+            assert torch.equal(back[k][part], batch[k]), k
+        for k in ("position", "rotation", "velocity", "angular_velocity"):
+            assert torch.equal(back[k][part, :, :n], batch[k]), k
+        assert torch.equal(back["impulse"][part, :, :n, -1], batch["impulse"][..., -1])             # of the floor
+        assert torch.equal(back["impulse"][part, :, :n, :n], batch["impulse"][..., :-1])
+        assert torch.equal(back["mass"][part, :n], batch["mass"])
+        assert torch.equal(back["camera"]["intrinsics"][part], batch["camera"]["intrinsics"])
+    static = lambda b: b["video"][:, :, :1].expand_as(b["video"])
+    ours, theirs = judge.measure(static(true), true), judge.measure(static(back), back)
+    for k in ("traj_l2", "traj_l2_contact", "g_ratio", "contact_time_error", "vanish", "pisa_iou"):
+        assert torch.allclose(ours[k], theirs[k][:6], atol=1e-3, equal_nan=True), k
+    with pytest.raises(common.InputError, match="another form"):
+        simdata.export(str(folder), "drop", 1, 5, frames=9)
+
+    # clips from elsewhere: masks alone, other pixels and rates, no index, nothing at all
+    own = tmp_path / "own"
+    own.mkdir()
+    for i in range(2):
+        common.write_video(str(own / f"{i}.mp4"), common.to_uint8(true["video"][i]), 16, lossless=True)
+        np.savez(own / f"{i}.npz", mask=true["mask"][i].numpy())
+    known = judge.measure(static(true)[:2], batch := simdata.Clips(str(own)).read(0, 2))
+    assert "g_ratio" not in known and torch.equal(batch["falls"], true["alive"][:2, :batch["falls"].shape[1]])
+    assert known["traj_l2"].isfinite().all() and "| - |" in judge.table({"a": {"own": judge.summary(known)}})
+    film = tmp_path / "film"
+    film.mkdir()
+    wide = np.pad(common.to_uint8(true["video"][0]), ((0, 25), (0, 0), (20, 20), (0, 0)), mode="edge").repeat(2, 1)
+    common.write_video(str(film / "a.mp4"), wide.repeat(2, 2), 32, lossless=True)
+    (film / "clips.jsonl").write_text('{"clip": "a", "caption": "a ball", "fps": 32}\n{"clip": "b"}\n')
+    clips = simdata.Clips(str(film), skip=True)
+    one = clips.read(0, 2)
+    assert one["caption"] == ["a ball"] and len(clips.broken) == 1 and "b: its video is missing" in clips.broken[0]
+    assert (one["video"][0, :, 1] - true["video"][0, :, 2]).abs().mean() < 0.05      # every second frame, the middle
+    with pytest.raises(common.InputError, match="clip b: its video is missing"):
+        simdata.Clips(str(film)).read(0, 2)
+    for name, damage, says in (("0", lambda p: p.write_bytes(p.read_bytes()[:99]), "clip 0"),
+                               ("1", lambda p: np.savez(p, mask=true["mask"][1, :, :32].numpy()), "expected 25 of 64")):
+        damage(own / f"{name}.npz")
+        with pytest.raises(common.InputError, match=says):
+            simdata.Clips(str(own)).read(0, 2)
+        simdata.Clips(str(own), skip=True).read(0, 2)
+        np.savez(own / f"{name}.npz", mask=true["mask"][int(name)].numpy())
+    run("eval.py", f"--data={HERE}/data", f"--clips={own}", "--n=2", "--steps=2", "--device=cpu", cwd=tmp_path)
+    refused("eval.py", f"--data={HERE}/data", f"--clips={film}", "--skip_broken=True", cwd=tmp_path, says="mask")
+    refused("eval.py", f"--data={HERE}/data", "--clips=none", cwd=tmp_path, says="no folder of clips")
+
+
 def test_simdata_and_eval_commands(tmp_path):
     run("simdata.py", "--n=2", "--frames=5", cwd=tmp_path)
     assert (tmp_path / "out/simdata/drop.png").exists()
