@@ -119,7 +119,7 @@ class Config:
     guide: float = 0.0              # guidance away from a weaker model's mistakes; 1 is off; 0: 2.5, or 1 with --ckpt
     temperature: float = DEFAULT_TEMPERATURE  # scale of the initial noise: 1 is all that can happen, 0 one future
     shift: float = 3.0              # > 1 spends more of the steps near noise
-    solver: str = "ab2"             # ab2 (second order) or euler
+    solver: str = "ab2"             # ab2 (second order), euler, or unipc (Wan's own)
     stage: int = 0                  # 1 SFT, 2 + DPO on the DiT, 3 + DPO on the PhysEncoder; 0: 3, or 1 with --ckpt
     data: str = "data"              # folder with the weights
     ckpt: str = ""                  # another DiT file
@@ -143,8 +143,9 @@ def main():
     if cfg.frames % 4 != 1:
         k = cfg.frames // 4
         raise InputError(f"--frames={cfg.frames}: expected 1 + 4k, for example {max(5, 4 * k + 1)} or {4 * k + 5}")
-    if cfg.solver not in ("ab2", "euler"):
-        raise InputError(f"--solver={cfg.solver}: expected ab2 or euler")
+    from model import BYTES, SOLVERS
+    if cfg.solver not in SOLVERS:
+        raise InputError(f"--solver={cfg.solver}: expected one of {', '.join(SOLVERS)}")
     out = cfg.out or f"out/{os.path.splitext(os.path.basename(cfg.image))[0]}.mp4"
     if os.path.splitext(out)[1].lower() not in common.VIDEO_EXTENSIONS:
         raise InputError(f"--out={out}: expected a name that ends in {', '.join(common.VIDEO_EXTENSIONS)}")
@@ -163,7 +164,6 @@ def main():
     stage = cfg.stage or (1 if cfg.ckpt or cfg.head else DEFAULT_STAGE)
     guide = guidance(cfg)
     models = load_models(cfg.data, stage, cfg.ckpt, cfg.head, device, weak=guide != 1)
-    from model import BYTES
     if len(prompt.encode(errors="replace")) > BYTES:
         print(f"the prompt is long: only its first {BYTES} bytes are read")
     photo = None
