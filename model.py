@@ -412,7 +412,7 @@ def sample(model, image, text, phys, noise, steps=20, shift=3.0, cfg=1.0, text_n
             v = bad + guide * (v - bad)
         if solver == "unipc":
             x = unipc.step(i, x, v)
-        else:                                      # one velocity in, or where guidance ends, nothing to extrapolate from
+        else:                                      # one call in, or where guidance ends, nothing to extrapolate from
             dt, euler = times[i + 1] - times[i], solver == "euler" or i == 0 or guided != guided_last
             middle = v if euler else v + dt / (2 * dt_last) * (v - v_last)
             x, v_last, dt_last, guided_last = x + dt * middle, v, dt, guided

@@ -513,6 +513,27 @@ def test_vae_is_causal(name):
     assert changed[0] == 0 and changed[1] == 0 and changed[2] > 1e-4
 
 
+@pytest.mark.parametrize("name", ["nano", "wan2.1", "wan2.2"])
+def test_vae_streams(name):
+    """Chunk by chunk is the same as all at once, and no layer ever holds more frames for a longer clip."""
+    vae = randomise(V.VideoVAE(V.CONFIGS[name] | dict(dim=8, decoder_dim=8))).requires_grad_(False)
+    seen = []
+    for conv in (m for m in vae.modules() if isinstance(m, V.CausalConv3d)):
+        conv.register_forward_hook(lambda module, args, out: seen.append(args[0].shape[2]))
+    longest = {}
+    for frames in (13, 25):
+        video = torch.rand(1, 3, frames, 2 * vae.stride, 2 * vae.stride) * 2 - 1
+        z = vae.encode(video)
+        whole = vae.decode(z)
+        for chunk in (1, 2, 5):
+            seen.clear()
+            assert (vae.encode(video, chunk) - z).abs().max() <= 1e-5
+            assert (vae.decode(z, chunk) - whole).abs().max() <= 1e-5
+            longest.setdefault(chunk, []).append(max(seen))
+        assert torch.equal(vae.decode(z), whole)                                     # nothing is remembered
+    assert longest[1][0] == longest[1][1] < 13 and longest[2][0] == longest[2][1]
+
+
 def test_vae_refuses():
     vae = V.VideoVAE(V.CONFIGS["nano"])
     for shape in [(1, 3, 4, 64, 64), (1, 3, 5, 60, 64), (3, 5, 64, 64)]:
@@ -716,7 +737,8 @@ def test_schedule_parity():
 
         x0 = torch.randn(1, 4, 2, 3, 3, generator=torch.Generator().manual_seed(0))
         noise, v = 2 * x0.flip(1), lambda x, t, *a: x.sin() - t.view(-1, 1, 1, 1, 1) * x0
-        ref = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+        ref = diffusers.UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
         ref.set_timesteps(n)
         x = noise
         for t in ref.timesteps:
