@@ -74,20 +74,23 @@ def load_models(data="data", stage=1, ckpt="", head="", device="cpu", weak=False
 
 @torch.no_grad()
 def generate_latent(models, image, text, phys, keys, frames=25, steps=12, shift=3.0, cfg=1.0, solver="ab2",
-                    progress=None, guide=1.0, temperature=1.0):
+                    progress=None, guide=1.0, temperature=1.0, null=None):
     """The denoising loop alone: image (B, C, 1, h, w) latent, tokens, physical tokens -> latent frames 1..k."""
     from model import bytes_to_tokens, sample
     B, C, _, h, w = image.shape
     noise = temperature * common.randn((C, (frames - 1) // 4, h, w), keys).to(image)
-    null = bytes_to_tokens([""] * B).to(image.device) if cfg != 1 else None
+    if cfg != 1 and null is None:
+        null = bytes_to_tokens([""] * B).to(image.device)
     return sample(models.dit, image, text, phys, noise, steps, shift, cfg, null, solver, progress, models.weak, guide)
 
 
 @torch.no_grad()
 def generate(models, image, captions, keys, frames=25, steps=12, shift=3.0, cfg=1.0, solver="ab2", progress=None,
-             guide=1.0, temperature=1.0, photo=None):
+             guide=1.0, temperature=1.0, photo=None, null=None, chunk=0):
     """image (B, 3, H, W) in [-1, 1], B captions, B noise keys (int or tuple) -> video (B, 3, frames, H, W) in [-1, 1].
 
+    A DiT that reads features of an outside text encoder takes captions as those (B, L, text_dim), and for cfg those of
+    the negative prompt as null. chunk: latent frames that the VAE decodes at a time; 0 is all.
     photo (B, 3, S, S): the same picture for the encoder, which may be finer than the video; by default the image.
     cfg guides by the text, guide away from models.weak, as in model.sample. The noise of a clip depends on its key
     alone, not on the batch, the rank or the device; its scale is the temperature: 1 samples what the model was trained
@@ -99,10 +102,10 @@ def generate(models, image, captions, keys, frames=25, steps=12, shift=3.0, cfg=
         grid = [n // 2 for n in first.shape[3:]]
         look = image if photo is None else photo
         phys = models.encoder(look, grid) if models.encoder is not None else None                   # (B, P, D)
-        text = bytes_to_tokens(captions).to(device)
+        text = (captions if torch.is_tensor(captions) else bytes_to_tokens(captions)).to(device)
         x0 = generate_latent(models, first, text, phys, keys, frames, steps, shift, cfg, solver, progress,
-                             guide, temperature)
-        video = models.vae.decode(torch.cat([first, x0], 2))
+                             guide, temperature, null)
+        video = models.vae.decode(torch.cat([first, x0], 2), chunk)
     return torch.cat([image[:, :, None], video[:, :, 1:]], 2)                        # frame 0 is the image, exactly
 
 

@@ -3,6 +3,7 @@ Every promise, tested:  python -m pytest -q test_all.py        (a few minutes on
 
 Parity with diffusers and transformers is checked where these are installed and skipped where they are not.
 """
+import contextlib
 import hashlib
 import json
 import math
@@ -709,13 +710,18 @@ def test_dit_layout(name, extra, md5, parameters):
     assert layout(dit) == md5 and parameters in (None, sum(p.numel() for p in dit.parameters()))
 
 
+def reference_dit(diffusers):
+    """TINY_DIT in diffusers' class."""
+    return diffusers.WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=48, in_channels=8, out_channels=8, text_dim=40,
+        freq_dim=256, ffn_dim=160, num_layers=3, cross_attn_norm=True, qk_norm="rms_norm_across_heads")
+
+
 def test_dit_parity(tmp_path):
     """Against WanTransformer3DModel: all frames at t, and the image-to-video way, frame 0 at time 0."""
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
-    ref = randomise(diffusers.WanTransformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=48, in_channels=8, out_channels=8, text_dim=40,
-        freq_dim=256, ffn_dim=160, num_layers=3, cross_attn_norm=True, qk_norm="rms_norm_across_heads"))
+    ref = randomise(reference_dit(diffusers))
     common.save_weights(tmp_path / "dit.safetensors", ref, {})
     dit, i = M.VideoDiT(TINY_DIT), tiny_inputs()
     common.load_weights(dit, tmp_path / "dit.safetensors")
@@ -744,6 +750,40 @@ def test_schedule_parity():
         for t in ref.timesteps:
             x = ref.step(v(x, t[None] / 1000), t, x).prev_sample
         assert (M.sample(v, None, None, None, noise, n, shift, solver="unipc") - x).abs().max() < 1e-4
+
+
+def test_pipeline_parity(monkeypatch, tmp_path):
+    """Image to video as diffusers runs Wan2.2-TI2V-5B: VAE, first frame at t = 0, CFG, UniPC, decoding."""
+    diffusers = pytest.importorskip("diffusers")
+    monkeypatch.setattr(common, "autocast", lambda device: contextlib.nullcontext())
+    c = V.CONFIGS["wan2.2"] | dict(dim=8, decoder_dim=8, z_dim=8, latent_mean=[0.1] * 8, latent_std=[0.7] * 8)
+    torch.manual_seed(0)
+    vae = randomise(diffusers.AutoencoderKLWan(
+        base_dim=8, decoder_base_dim=8, z_dim=8, dim_mult=c["mult"], num_res_blocks=2,
+        temperal_downsample=c["temporal"],
+        is_residual=True, in_channels=12, out_channels=12, patch_size=2, scale_factor_spatial=16,
+        latents_mean=c["latent_mean"], latents_std=c["latent_std"]), 0.05)
+    dit = randomise(reference_dit(diffusers), 0.1)
+    pipe = diffusers.WanImageToVideoPipeline(
+        tokenizer=None, text_encoder=None, vae=vae, transformer=dit, expand_timesteps=True,
+        scheduler=diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True,
+                                                    flow_shift=5.0))
+    pipe.set_progress_bar_config(disable=True)
+    g = common.generator("pipeline")
+    image, text, null = torch.rand(1, 3, 64, 96, generator=g), *torch.randn(2, 1, 24, 40, generator=g)
+    noise = torch.cat([torch.zeros(1, 8, 1, 4, 6), common.randn((8, 2, 4, 6), [7])], 2)
+    want = pipe(image, prompt_embeds=text, negative_prompt_embeds=null, height=64, width=96, num_frames=9,
+                num_inference_steps=4, guidance_scale=5.0, latents=noise, output_type="pt").frames.transpose(1, 2)
+
+    ours = sample.Models(V.VideoVAE(c), None, M.VideoDiT(TINY_DIT))
+    for module, ref in ((ours.vae, vae), (ours.dit, dit)):
+        common.save_weights(tmp_path / "ref.safetensors", ref, {})
+        common.load_weights(module, tmp_path / "ref.safetensors")
+    for chunk in (0, 1):
+        video = sample.generate(ours, image * 2 - 1, text, [7], frames=9, steps=4, shift=5.0, cfg=5.0, solver="unipc",
+                                null=null, chunk=chunk)
+        assert ((video + 1) / 2 - want)[:, :, 1:].abs().max() <= 1e-3, chunk
+    assert (want[:, :, 1:] - want[:, :, :1]).abs().mean() > 0.01                     # something happens in it
 
 
 def test_every_input_changes_the_output():
