@@ -16,6 +16,7 @@ import re
 import signal
 import subprocess
 import sys
+import zipfile
 
 import imageio
 import numpy as np
@@ -339,28 +340,45 @@ def save_weights(path, tensors, config, dtype=None):
         save_file(tensors, tmp, metadata={"config": json.dumps(config)})
 
 
-def read_weights(path):
-    """One safetensors (or official .pth) file, or a folder of safetensors shards -> (CPU state dict, config dict)."""
+@contextlib.contextmanager
+def open_weights(path):
+    """A safetensors or official .pth file, or a folder of shards -> ({name: (shape, read)}, config dict).
+
+    Nothing is read before read() is called, one tensor at a time; a .pth is mapped, not read, where its format allows.
+    Raises InputError if there is no such file, or none that can be read, also from within the `with`."""
     path = os.fspath(path)
-    if os.path.isdir(path):
-        files = sorted(os.path.join(path, f) for f in os.listdir(path) if f.endswith(".safetensors"))
-        if not files:
-            raise InputError(f"{path} holds no .safetensors file")
-        parts = [read_weights(f) for f in files]
-        return {k: v for tensors, _ in parts for k, v in tensors.items()}, parts[0][1]
-    if not os.path.exists(path):
-        raise InputError(f"{path} does not exist")
+    files = sorted(os.path.join(path, f) for f in os.listdir(path) if f.endswith(".safetensors")) \
+        if os.path.isdir(path) else [path]
+    if not files:
+        raise InputError(f"{path} holds no .safetensors file")
     try:
-        if path.endswith((".pth", ".pt")):
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-            if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
-                raise ValueError("it is no dict of tensors")
-            return tensors, {}
-        with safe_open(path, "pt") as f:
-            return {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {}).get("config", "{}"))
+        with contextlib.ExitStack() as stack:
+            found, configs = {}, []
+            for path in files:
+                if not os.path.exists(path):
+                    raise InputError(f"{path} does not exist")
+                if path.endswith((".pth", ".pt")):
+                    zipped = zipfile.is_zipfile(path)
+                    tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+                    if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
+                        raise ValueError("it is no dict of tensors")
+                    found |= {k: (v.shape, lambda v=v: v) for k, v in tensors.items()}
+                    configs.append({})
+                else:
+                    f = stack.enter_context(safe_open(path, "pt"))
+                    found |= {k: (torch.Size(f.get_slice(k).get_shape()), lambda f=f, k=k: f.get_tensor(k))
+                              for k in f.keys()}
+                    configs.append(json.loads((f.metadata() or {}).get("config", "{}")))
+            yield found, configs[0]
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
         raise InputError(f"{path} is not a readable weight file (truncated, or another format): "
                          f"{str(error).splitlines()[0]}") from None
+
+
+def read_weights(path):
+    """All of open_weights(path) -> (CPU state dict, config dict)."""
+    with open_weights(path) as (found, config):
+        return {k: read() for k, (_, read) in found.items()}, config
 
 
 def fingerprint(*modules):
@@ -370,30 +388,56 @@ def fingerprint(*modules):
     return f"{seed_of(','.join(f'{x:.9e}' for x in total)):016x}"
 
 
-def load_weights(module, path, rename=None):
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "module.", "model.")       # what others put before every name
+KINDS = [(r"lora_[AB]|lora_(down|up)", "a LoRA"), (r"(^|\.)depth_head\.", "a Depth Anything model"),
+         (r"attn\.qkv|attention\.attention", "a DINOv2"), (r"cross_attn|attn2", "a Wan DiT"),
+         (r"^(encoder|decoder)\..*(middle|mid_block)", "a video VAE"), (r"scratch\.refinenet", "a physical head"),
+         (r"shared\.weight|SelfAttention|token_embedding", "a text encoder"), (r"^optimizer0/", "a training state")]
+
+
+@torch.no_grad()
+def load_weights(module, path, dtype=None, device=None):
     """Load a file or folder, official or diffusers/transformers layout, into the module in place; -> the file's config.
 
     The other layout goes through the module's own table `module.RENAMES`: (regex, replacement) pairs, all applied in
-    order to each key, or through `module.convert(tensors) -> tensors` where names are not enough. Raises InputError
-    naming the first missing, extra or misshapen keys."""
-    tensors, config = read_weights(path)
-    own = module.state_dict()
-    if not own.keys() & tensors.keys() or own.keys() - tensors.keys():
-        def renamed(key):
-            for pattern, replacement in getattr(module, "RENAMES", []):
-                key = re.sub(pattern, replacement, key)
-            return key
-        # a module whose layouts differ by more than names (one qkv or three tensors) brings its own `convert`
-        other = module.convert(tensors) if hasattr(module, "convert") else {renamed(k): v for k, v in tensors.items()}
-        if len(own.keys() & other.keys()) > len(own.keys() & tensors.keys()):
-            tensors = other
-    wrong = ([f"missing {k}" for k in own if k not in tensors] + [f"unexpected {k}" for k in tensors if k not in own]
-             + [f"{k} is {tuple(tensors[k].shape)}, expected {tuple(v.shape)}"
-                for k, v in own.items() if k in tensors and tensors[k].shape != v.shape])
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise InputError(f"{path} does not fit {type(module).__name__}: {'; '.join(wrong[:3])}{more}")
-    module.load_state_dict(tensors)
+    order to each key, or through `module.convert(tensors) -> tensors` where names are not enough.
+    dtype, device: the module takes these on (but what matches module.FLOAT32 keeps that precision), one tensor after
+    the other: built on the meta device, a model is never in memory twice. Raises InputError naming the first missing,
+    extra or misshapen keys, and what the file seems to be."""
+    with open_weights(path) as (found, config):
+        own = module.state_dict()
+        for prefix in PREFIXES:
+            if found and all(k.startswith(prefix) for k in found) and not own.keys() & found.keys():
+                found = {k.removeprefix(prefix): v for k, v in found.items()}
+        if not own.keys() & found.keys() or own.keys() - found.keys():
+            def renamed(key):
+                for pattern, replacement in getattr(module, "RENAMES", []):
+                    key = re.sub(pattern, replacement, key)
+                return key
+            # a module whose layouts differ by more than names (one qkv or three tensors) brings its own `convert`
+            if hasattr(module, "convert"):
+                other = module.convert({k: read() for k, (_, read) in found.items()})
+                other = {k: (v.shape, lambda v=v: v) for k, v in other.items()}
+            else:
+                other = {renamed(k): v for k, v in found.items()}
+            if len(own.keys() & other.keys()) > len(own.keys() & found.keys()):
+                found = other
+        wrong = ([f"missing {k}" for k in own if k not in found] + [f"unexpected {k}" for k in found if k not in own]
+                 + [f"{k} is {tuple(found[k][0])}, expected {tuple(v.shape)}"
+                    for k, v in own.items() if k in found and found[k][0] != v.shape])
+        if wrong:
+            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+            kind = next((f" (it looks like {kind})" for pattern, kind in KINDS
+                         if any(re.search(pattern, k) for k in found)), "")
+            raise InputError(f"{path}{kind} does not fit {type(module).__name__}: {'; '.join(wrong[:3])}{more}")
+        for key, old in own.items():
+            value = found[key][1]()
+            if dtype is None and device is None and not old.is_meta:
+                old.copy_(value)
+            else:
+                precise = dtype and re.search(getattr(module, "FLOAT32", "^$"), key)
+                kind = (torch.float32 if precise else dtype) if old.is_floating_point() else old.dtype
+                module.load_state_dict({key: value.to(device, kind, copy=True)}, strict=False, assign=True)
     return config
 
 

@@ -178,6 +178,7 @@ def bytes_to_tokens(texts):
 
 class VideoDiT(nn.Module):
     """config: a flat dict as in CONFIGS. Set `model.checkpointing = True` to recompute blocks in the backward pass."""
+    FLOAT32 = r"time_|modulation|norm"             # small, and the stream's scale depends on it (see load_weights)
     RENAMES = [                                    # diffusers' WanTransformer3DModel -> Wan's own names
         (r"^condition_embedder\.time_embedder\.linear_1", "time_embedding.0"),
         (r"^condition_embedder\.time_embedder\.linear_2", "time_embedding.2"),

@@ -759,9 +759,8 @@ def test_pipeline_parity(monkeypatch, tmp_path):
     c = V.CONFIGS["wan2.2"] | dict(dim=8, decoder_dim=8, z_dim=8, latent_mean=[0.1] * 8, latent_std=[0.7] * 8)
     torch.manual_seed(0)
     vae = randomise(diffusers.AutoencoderKLWan(
-        base_dim=8, decoder_base_dim=8, z_dim=8, dim_mult=c["mult"], num_res_blocks=2,
-        temperal_downsample=c["temporal"],
-        is_residual=True, in_channels=12, out_channels=12, patch_size=2, scale_factor_spatial=16,
+        base_dim=8, decoder_base_dim=8, z_dim=8, dim_mult=c["mult"], num_res_blocks=2, in_channels=12, out_channels=12,
+        temperal_downsample=c["temporal"], is_residual=True, patch_size=2, scale_factor_spatial=16,
         latents_mean=c["latent_mean"], latents_std=c["latent_std"]), 0.05)
     dit = randomise(reference_dit(diffusers), 0.1)
     pipe = diffusers.WanImageToVideoPipeline(
@@ -1085,6 +1084,38 @@ def test_weights_refused(tmp_path):
     for name in ("cut.safetensors", "text.safetensors", "none.safetensors"):
         with pytest.raises(InputError):
             common.load_weights(module, tmp_path / name)
+
+
+def test_weights_of_any_layout(tmp_path):
+    """Shards, prefixes, .pth; straight to a dtype from the meta device; and what a wrong file seems to be."""
+    dit = tiny_dit()
+    state, half = dit.state_dict(), len(dit.state_dict()) // 2
+    (tmp_path / "shards").mkdir()
+    for n, keys in enumerate((list(state)[:half], list(state)[half:])):
+        common.save_weights(tmp_path / f"shards/model-{n + 1:05d}-of-00002.safetensors",
+                            {k: state[k] for k in keys}, {})
+    common.save_weights(tmp_path / "prefix.safetensors",
+                        {f"model.diffusion_model.{k}": v for k, v in state.items()}, {})
+    torch.save(state, tmp_path / "new.pth")
+    torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    for name in ("shards", "prefix.safetensors", "new.pth", "old.pth"):
+        with torch.device("meta"):
+            other = M.VideoDiT(TINY_DIT)
+        common.load_weights(other, tmp_path / name, torch.bfloat16, "cpu")
+        for k, v in other.state_dict().items():
+            want = torch.float32 if re.search("time_|modulation|norm", k) else torch.bfloat16
+            assert v.dtype == want and torch.equal(v, state[k].to(want)), (name, k)
+        assert other.blocks[0].ffn[0].weight.requires_grad
+        common.load_weights(whole := M.VideoDiT(TINY_DIT), tmp_path / name)
+        assert all(torch.equal(v, state[k]) for k, v in whole.state_dict().items()), name
+    i = tiny_inputs()
+    i.pop("phys")
+    with torch.no_grad(), common.autocast(torch.device("cpu")):                      # and it runs like that
+        assert (other(**i) - dit(**i)).abs().mean() < 0.02 * dit(**i).abs().mean() + 0.02
+    for path, kind in ((f"{HERE}/data/vae.safetensors", "a video VAE"), (f"{HERE}/data/lora2.safetensors", "a LoRA"),
+                       (f"{HERE}/data/backbone.safetensors", "a DINOv2")):
+        with pytest.raises(InputError, match=f"looks like {kind}.*does not fit VideoDiT: missing"):
+            common.load_weights(dit, path)
 
 
 def test_any_picture(tmp_path):
