@@ -512,7 +512,8 @@ def to_float(frames):
 def read_image(path, size):
     """PNG, JPEG or WebP of any mode -> (float (3, size, size) in [-1, 1], a note on what was cropped or "").
 
-    EXIF orientation is applied, transparency is put on white, the centre square is taken and resized (Lanczos).
+    size: a number, or (height, width). EXIF orientation is applied, transparency is put on white, the largest centre
+    part of that aspect ratio is taken and resized (Lanczos).
     Raises InputError if the file is missing, broken, no image, or has a side outside 16..8192."""
     if os.path.isdir(path):
         raise InputError(f"{path} is a folder; expected one PNG, JPEG or WebP image")
@@ -532,11 +533,12 @@ def read_image(path, size):
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{path} is not a readable PNG, JPEG or WebP image: {str(error).splitlines()[0]}") from None
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    w, h = image.size
-    note = f"centre-cropped from {w}x{h} to {min(w, h)}x{min(w, h)}" if w != h else ""
-    if image.size != (size, size):
-        image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
-    return to_float(np.array(image)[None])[:, 0], note                               # (3, size, size)
+    (w, h), (height, width) = image.size, size if isinstance(size, tuple) else (size, size)
+    kept = min(w, round(h * width / height)), min(h, round(w * height / width))
+    note = f"centre-cropped from {w}x{h} to {kept[0]}x{kept[1]}" if kept != (w, h) else ""
+    if image.size != (width, height):
+        image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+    return to_float(np.array(image)[None])[:, 0], note                               # (3, height, width)
 
 
 VIDEO_EXTENSIONS = (".mp4", ".gif", ".webp")

@@ -298,6 +298,14 @@ class VideoDiT(nn.Module):
         return v.permute(0, 6, 1, 2, 4, 3, 5).reshape(B, -1, k, H, W)
 
 
+def published_config(c):
+    """The config.json of a Wan model, official or diffusers', as one of ours; what it does not say is as in WAN."""
+    if "num_attention_heads" in c:
+        c = c | dict(dim=c["num_attention_heads"] * c["attention_head_dim"], num_heads=c["num_attention_heads"],
+                     in_dim=c["in_channels"], out_dim=c["out_channels"])
+    return WAN | {k: c[k] for k in CONFIGS["wan5b"] if k in c}
+
+
 def add_phys(model):
     """Give a model the learned embedding that marks physical tokens, after published weights were loaded; -> model.
 

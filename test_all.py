@@ -710,11 +710,11 @@ def test_dit_layout(name, extra, md5, parameters):
     assert layout(dit) == md5 and parameters in (None, sum(p.numel() for p in dit.parameters()))
 
 
-def reference_dit(diffusers):
+def reference_dit(diffusers, channels=8):
     """TINY_DIT in diffusers' class."""
     return diffusers.WanTransformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=48, in_channels=8, out_channels=8, text_dim=40,
-        freq_dim=256, ffn_dim=160, num_layers=3, cross_attn_norm=True, qk_norm="rms_norm_across_heads")
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=48, in_channels=channels, out_channels=channels,
+        text_dim=40, freq_dim=256, ffn_dim=160, num_layers=3, cross_attn_norm=True, qk_norm="rms_norm_across_heads")
 
 
 def test_dit_parity(tmp_path):
@@ -783,6 +783,91 @@ def test_pipeline_parity(monkeypatch, tmp_path):
                                 null=null, chunk=chunk)
         assert ((video + 1) / 2 - want)[:, :, 1:].abs().max() <= 1e-3, chunk
     assert (want[:, :, 1:] - want[:, :, :1]).abs().mean() > 0.01                     # something happens in it
+
+
+def tiny_umt5(hub, folder):
+    """A umT5 of six words, as diffusers' folders keep it -> tokenizer, encoder."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2, "a": 3, "ball": 4, "falls": 5}, "<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer = hub.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>",
+                                            unk_token="<unk>")
+    torch.manual_seed(0)
+    encoder = randomise(hub.UMT5EncoderModel(hub.UMT5Config(
+        vocab_size=8, d_model=40, d_kv=8, d_ff=64, num_layers=2, num_heads=4))).eval()
+    tokenizer.save_pretrained(folder / "tokenizer")
+    encoder.save_pretrained(folder / "text_encoder")
+    return tokenizer, encoder
+
+
+def test_sample_from_a_published_folder(tmp_path, monkeypatch):
+    """sample.py --preset=wan5b on small random weights, in diffusers' folders, the DiT also in the official layout."""
+    diffusers, hub = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    c = V.CONFIGS["wan2.2"] | dict(dim=8, decoder_dim=8)
+    vae = randomise(diffusers.AutoencoderKLWan(
+        base_dim=8, decoder_base_dim=8, z_dim=48, dim_mult=c["mult"], num_res_blocks=2, in_channels=12, out_channels=12,
+        temperal_downsample=c["temporal"], is_residual=True, patch_size=2, scale_factor_spatial=16,
+        latents_mean=c["latent_mean"], latents_std=c["latent_std"]), 0.05)
+    dit = randomise(reference_dit(diffusers, 48), 0.1)
+    vae.save_pretrained(tmp_path / "theirs/vae")
+    dit.save_pretrained(tmp_path / "theirs/transformer", max_shard_size="500KB")
+    assert len(list((tmp_path / "theirs/transformer").glob("*.safetensors"))) > 1
+    (tmp_path / "own").mkdir()
+    models = sample.load_published(str(tmp_path / "theirs"), dtype=torch.float32)
+    common.save_weights(tmp_path / "own/diffusion_pytorch_model.safetensors", models.dit, {})
+    official = {k: models.dit.config[k] for k in ("dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim",
+                                                  "freq_dim", "text_len", "text_dim")}
+    (tmp_path / "own/config.json").write_text(json.dumps(official))
+    torch.save(models.vae.state_dict(), tmp_path / "own/Wan2.2_VAE.pth")
+    g = common.generator("text")
+    common.save_weights(tmp_path / "text.safetensors",
+                        {k: torch.randn(9, 40, generator=g) for k in ("text", "negative")}, {})
+    flags = ["--preset=wan5b", "--text_emb=text.safetensors", "--frames=9", "--steps=3", "--height=64", "--width=96",
+             "--device=cpu"]
+    image = f"{HERE}/data/drop.png"
+    monkeypatch.chdir(tmp_path)
+    done = run("sample.py", image, *flags, "--weights=theirs", "--out=a.webp", cwd=tmp_path)
+    assert "centre-cropped from 256x256 to 256x171" in done.stdout
+    frames = [np.array(f.convert("RGB")) for f in ImageSequence.Iterator(Image.open("a.webp"))]
+    assert np.shape(frames) == (9, 64, 96, 3) and np.abs(np.diff(np.float32(frames), axis=0)).mean() > 0.5
+
+    def main(*more):
+        monkeypatch.setattr(sys, "argv", ["sample.py", image, *flags, "--weights=theirs", *more])
+        sample.main()
+    tiny_umt5(hub, tmp_path / "theirs")            # a prompt, with the encoder in the folder
+    main("--text_emb=", "--prompt=a ball falls", "--out=b.webp")
+    run("data/embed_text.py", "--encoder=theirs", "--prompt=a ball falls", "--out=c.safetensors", cwd=tmp_path)
+    main("--text_emb=c.safetensors", "--out=c.webp")
+    a, b, c = ((tmp_path / f"{name}.webp").read_bytes() for name in "abc")
+    assert a != b == c
+    for wrong, says in (("--weights=", "needs --weights"), ("--height=60", "multiples of 32.*--height=64 --width=96"),
+                        ("--text_emb=own/config.json", "not a readable weight"),
+                        (f"--text_emb={HERE}/data/lora2.safetensors", "expected text and negative"),
+                        ("--weights=own/config.json", "is no folder"),
+                        (f"--weights={HERE}/data", "does not fit VideoDiT")):
+        with pytest.raises(InputError, match=says):
+            main(wrong)
+    # the official layout holds another VAE size than the published one, so only the DiT is compared
+    other = M.VideoDiT(M.published_config(official))
+    common.load_weights(other, tmp_path / "own")
+    assert all(torch.equal(v, models.dit.state_dict()[k]) for k, v in other.state_dict().items())
+
+
+def test_embed_text(tmp_path):
+    """data/embed_text.py gives what diffusers' pipeline feeds the DiT: umT5's features up to the end, then zeros."""
+    hub, diffusers = pytest.importorskip("transformers"), pytest.importorskip("diffusers")
+    tokenizer, encoder = tiny_umt5(hub, tmp_path)
+    run("data/embed_text.py", f"--encoder={tmp_path}", "--prompt=a ball  falls", "--negative=a", "--out=p.safetensors",
+        "--device=cpu", cwd=tmp_path)
+    ours, config = common.read_weights(tmp_path / "p.safetensors")
+    pipe = diffusers.WanImageToVideoPipeline(tokenizer=tokenizer, text_encoder=encoder, vae=None, scheduler=None)
+    with torch.no_grad():
+        text, negative = pipe.encode_prompt("a ball  falls", "a", max_sequence_length=16)
+    assert ours["text"].shape == (4, 40) and ours["negative"].shape == (2, 40) and config["prompt"] == "a ball  falls"
+    for key, want in (("text", text), ("negative", negative)):
+        assert (F.pad(ours[key], (0, 0, 0, 16 - len(ours[key]))) - want[0]).abs().max() <= 1e-5, key
 
 
 def test_every_input_changes_the_output():

@@ -375,6 +375,14 @@ class VideoVAE(nn.Module):
         return self.reconstruct(mu + (0.5 * logvar).exp() * noise), mu, logvar
 
 
+def diffusers_config(c):
+    """AutoencoderKLWan's config.json as one of ours."""
+    return dict(dim=c["base_dim"], decoder_dim=c.get("decoder_base_dim") or c["base_dim"], z_dim=c["z_dim"],
+                mult=c["dim_mult"], temporal=c["temperal_downsample"], blocks=c["num_res_blocks"],
+                decoder_blocks=c["num_res_blocks"] + 1, patch=c.get("patch_size") or 1,
+                residual=c.get("is_residual", False), latent_mean=c["latents_mean"], latent_std=c["latents_std"])
+
+
 def load_vae(path, config=None, device="cpu"):
     """A weight file -> frozen VideoVAE in eval mode. config: for published files, which carry none of ours."""
     config = config or common.read_weights(path)[1]
