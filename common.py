@@ -580,6 +580,13 @@ def read_video(path):
     return np.stack(imageio.mimread(path, memtest=False))[..., :3]
 
 
+def frame_rate(path):
+    """Frames a second of a video file, as it says itself."""
+    with imageio.get_reader(path) as reader:
+        meta = reader.get_meta_data()
+    return meta.get("fps") or 1000 / meta["duration"]
+
+
 def sheet(videos, every=1):
     """Contact sheet: list of uint8 (T, H, W, 3) -> uint8 (rows, width, 3); a clip a row, every n-th frame a column."""
     rows = [np.concatenate(list(v[::every]), axis=1) for v in videos]

@@ -1166,26 +1166,26 @@ class Clips:
         found = [path + e for e in common.VIDEO_EXTENSIONS if os.path.exists(path + e)]
         if not found:
             raise ValueError("its video is missing")
-        video, fps = common.read_video(found[0]), line.get("fps", self.fps)
-        clip = {}
+        raw, fps, clip = common.read_video(found[0]), line.get("fps") or common.frame_rate(found[0]), {}
         if self.truth:
             with np.load(f"{path}.npz") as file:
                 clip = {k: torch.from_numpy(file[k]) for k in self.truth}
             form = (self.frames, self.size, self.size)
-            if video.shape[:3] != form or fps != self.fps or tuple(clip.get("mask", video[..., 0]).shape) != form:
-                raise ValueError(f"{video.shape[0]} frames of {video.shape[2]}x{video.shape[1]} at {fps} fps with "
-                                 f"truth; expected {self.frames} of {self.size}x{self.size} at {self.fps}")
+            if raw.shape[:3] != form or fps != self.fps or tuple(clip.get("mask", raw[..., 0]).shape) != form:
+                raise ValueError(f"{raw.shape[0]} frames of {raw.shape[2]}x{raw.shape[1]} at {fps} fps with truth; "
+                                 f"expected {self.frames} of {self.size}x{self.size} at {self.fps}, masks likewise")
             for k in (k for k, v in clip.items() if v.is_floating_point() and v.isnan().any()):
                 raise ValueError(f"its {k} has NaN")
         else:
             at = (np.arange(self.frames) * fps / self.fps).round().astype(int)
-            if at[-1] >= len(video):
-                raise ValueError(f"{len(video)} frames at {fps} fps; expected {self.frames} at {self.fps} or longer")
-            video = common.fit(video[at], self.size)
-        photo = f"{path}.png" if os.path.exists(f"{path}.png") else None
-        return clip | dict(
-            video=common.to_float(video), caption=str(line.get("caption", "")),
-            photo=common.read_image(photo, PHOTO)[0] if photo else common.to_float(common.fit(video[:1], PHOTO))[:, 0])
+            if at[-1] >= len(raw):
+                raise ValueError(f"{len(raw)} frames at {fps} fps; expected {self.frames} at {self.fps} or longer")
+            raw = raw[at]
+        photo = common.to_float(common.fit(raw[:1], PHOTO))[:, 0]
+        if os.path.exists(f"{path}.png"):
+            photo, _ = common.read_image(f"{path}.png", PHOTO)
+        return clip | dict(video=common.to_float(common.fit(raw, self.size)), photo=photo,
+                           caption=str(line.get("caption", "")))
 
     def read(self, start, count):
         clips = [self._try(self._clip, line) for line in self.lines[start:start + count]]
@@ -1208,6 +1208,7 @@ class Clips:
         for k in [k for k in batch if "." in k]:
             batch.setdefault(k.split(".")[0], {})[k.split(".")[1]] = batch.pop(k)
         return batch
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 
