@@ -92,6 +92,8 @@ def make_pool(cfg, vae, device, rank, world):
     for path, what in tqdm(missing, desc="pool, shards of 512", disable=rank > 0 or not missing):
         batch = folder.read(what["start"], what["count"]) if folder else simdata.make_batch(
             what["scenario"], what["count"], SEED, "train", start=what["start"], truth=False, photo=simdata.PHOTO)
+        if not batch:
+            raise common.InputError(f"{cfg.folder}: none of {what['count']} clips can be read: {folder.broken[-1]}")
         video = torch.cat([batch["video"], batch["video"].flip(-1)])         # a mirrored world obeys the same laws
         with common.autocast(device):
             latent = torch.cat([vae.encode(v.to(device)).to("cpu", torch.bfloat16) for v in video.split(16)])
@@ -99,6 +101,8 @@ def make_pool(cfg, vae, device, rank, world):
         photo = ((photo + 1) * 127.5).round().byte()
         text = M.bytes_to_tokens(batch["caption"] * 2).short()
         common.save_weights(path, dict(latent=latent, photo=photo, text=text), what)
+    if folder and folder.broken:
+        print(f"left out {len(folder.broken)} broken clips: " + "; ".join(folder.broken))
     if dist.is_initialized():
         dist.barrier()
     parts = [common.read_weights(path) for path, _ in shards]

@@ -1395,6 +1395,14 @@ def test_clips_on_disk(tmp_path, monkeypatch):
     with pytest.raises(common.InputError, match="another form"):
         simdata.export(str(folder), "drop", 1, 5, frames=9)
 
+    vae = V.load_vae(f"{HERE}/data/vae.safetensors")
+    pool = sft.make_pool(sft.Config(pool=str(tmp_path / "pool"), folder=str(folder)), vae, torch.device("cpu"), 0, 1)
+    with torch.no_grad():
+        latent = vae.encode(back["video"][6:])
+    assert len(pool["latent"]) == len(pool["photo"]) == 16                           # and mirrored
+    assert (pool["latent"][6:8].float() - latent).abs().mean() < 0.02
+    assert torch.equal(pool["text"][8:].long(), M.bytes_to_tokens(back["caption"]))
+
     # clips from elsewhere: masks alone, other pixels and rates, no index, nothing at all
     own = tmp_path / "own"
     own.mkdir()
