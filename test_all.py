@@ -801,7 +801,7 @@ def tiny_umt5(hub, folder):
     return tokenizer, encoder
 
 
-def test_sample_from_a_published_folder(tmp_path, monkeypatch):
+def test_published_folder_parity(tmp_path, monkeypatch):
     """sample.py --preset=wan5b on small random weights, in diffusers' folders, the DiT also in the official layout."""
     diffusers, hub = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -855,7 +855,7 @@ def test_sample_from_a_published_folder(tmp_path, monkeypatch):
     assert all(torch.equal(v, models.dit.state_dict()[k]) for k, v in other.state_dict().items())
 
 
-def test_embed_text(tmp_path):
+def test_embed_text_parity(tmp_path):
     """data/embed_text.py gives what diffusers' pipeline feeds the DiT: umT5's features up to the end, then zeros."""
     hub, diffusers = pytest.importorskip("transformers"), pytest.importorskip("diffusers")
     tokenizer, encoder = tiny_umt5(hub, tmp_path)
@@ -868,6 +868,47 @@ def test_embed_text(tmp_path):
     assert ours["text"].shape == (4, 40) and ours["negative"].shape == (2, 40) and config["prompt"] == "a ball  falls"
     for key, want in (("text", text), ("negative", negative)):
         assert (F.pad(ours[key], (0, 0, 0, 16 - len(ours[key]))) - want[0]).abs().max() <= 1e-5, key
+
+
+def test_round_trip_parity(tmp_path, monkeypatch):
+    """DiT, VAE and LoRA of ours, in diffusers' classes by way of data/to_diffusers.py, compute what ours compute."""
+    diffusers = pytest.importorskip("diffusers")
+    pytest.importorskip("peft")
+    from data import to_diffusers
+    monkeypatch.chdir(tmp_path)
+
+    def convert(*flags):
+        monkeypatch.setattr(sys, "argv", ["to_diffusers.py", *flags])
+        to_diffusers.main()
+    dit, i = tiny_dit(phys=True), tiny_inputs()
+    common.save_weights("dit.safetensors", dit, dit.config)
+    convert("--dit=dit.safetensors", "--out=transformer")
+    theirs = diffusers.WanTransformer3DModel.from_pretrained("transformer")
+    ask = lambda net: net(i["x"], i["t"] * 1000, i["text"]).sample
+    with torch.no_grad():
+        plain = dit(i["x"], i["t"], i["text"])
+        assert (ask(theirs) - plain).abs().max() <= 1e-5
+    M.add_lora(dit, 4, 10)
+    with torch.no_grad():
+        for p in (p for p in dit.parameters() if p.requires_grad):
+            p.add_(0.2 * torch.randn_like(p))
+        tuned = dit(i["x"], i["t"], i["text"])
+    common.save_weights("lora2.safetensors", M.lora_state(dit), dict(rank=4, alpha=10))
+    convert("--lora=lora2.safetensors", "--out=lora.safetensors")
+    pipe = diffusers.WanPipeline(tokenizer=None, text_encoder=None, vae=None, scheduler=None, transformer=theirs)
+    pipe.load_lora_weights(".", weight_name="lora.safetensors")
+    with torch.no_grad():
+        assert (ask(pipe.transformer) - tuned).abs().max() <= 1e-5 < 0.1 < (tuned - plain).abs().max()
+
+    vae = randomise(V.VideoVAE(c := V.CONFIGS["wan2.1"] | dict(dim=8, decoder_dim=8)))
+    common.save_weights("vae.safetensors", vae, c)
+    convert("--vae=vae.safetensors", "--out=vae")
+    theirs, video = diffusers.AutoencoderKLWan.from_pretrained("vae"), torch.rand(1, 3, 5, 16, 16) * 2 - 1
+    with torch.no_grad():
+        assert (theirs.encode(video).latent_dist.mean - vae.moments(video)[0]).abs().max() <= 1e-5
+    for wrong in ("--vae=dit.safetensors", "--dit=vae.safetensors", "--lora=vae.safetensors", "--lora=none"):
+        with pytest.raises(InputError):
+            convert(wrong, "--out=x.safetensors")
 
 
 def test_every_input_changes_the_output():
