@@ -146,6 +146,16 @@ def setup(device="auto"):
     return device, rank, world
 
 
+def free_memory(device):
+    """Bytes that are free on a device; of main memory what the system says is available, else all there is."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if os.path.exists("/proc/meminfo"):
+        with open("/proc/meminfo") as f:
+            return next(1024 * int(line.split()[1]) for line in f if line.startswith("MemAvailable"))
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def autocast(device):
     """The one precision policy: bf16 where the device is fast at it (CUDA, CPUs with AVX512-BF16 or AMX), else fp32."""
     fast = device.type == "cuda" or device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()

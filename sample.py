@@ -77,7 +77,8 @@ def load_models(data="data", stage=1, ckpt="", head="", device="cpu", weak=False
 def load_published(folder, name="wan5b", device="cpu", dtype=torch.bfloat16):
     """Wan2.2-TI2V-5B's files as published, or as diffusers keeps them (transformer/, vae/). -> Models, frozen.
 
-    A config.json in the folder says how large the DiT is. Raises InputError if a file is missing or foreign."""
+    A config.json in the folder says how large the DiT is. Raises InputError if a file is missing or foreign, or if the
+    weights do not fit into the memory that is free."""
     import model as M
     import vae as V
     if not os.path.isdir(folder):
@@ -99,6 +100,11 @@ def load_published(folder, name="wan5b", device="cpu", dtype=torch.bfloat16):
     vae_config = read(f"{vae_path}/config.json", V.diffusers_config, V.CONFIGS["wan2.2"])
     with torch.device("meta"):                     # no memory before the weights come
         dit = M.VideoDiT(wan)
+        size = 2e-9 * sum(p.numel() for p in dit.parameters()) + 4e-9 * sum(
+            p.numel() for p in V.VideoVAE(vae_config).parameters())
+    if size > (free := common.free_memory(torch.device(device)) / 1e9):
+        raise InputError(f"the weights in {folder} need {size:.1f} GB, --device={device} has {free:.1f} GB free; "
+                         "expected a device with more, or --device=cpu")
     common.load_weights(dit, dit_path, dtype, device)
     vae = V.load_vae(vae_path, vae_config, device)
     if vae.config["z_dim"] != wan["in_dim"]:

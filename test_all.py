@@ -849,6 +849,9 @@ def test_published_folder_parity(tmp_path, monkeypatch):
                         (f"--weights={HERE}/data", "does not fit VideoDiT")):
         with pytest.raises(InputError, match=says):
             main(wrong)
+    monkeypatch.setattr(common, "free_memory", lambda device: 1e5)
+    with pytest.raises(InputError, match="need 0.* GB, --device=cpu has 0.0 GB free"):
+        main("--out=d.webp")
     # the official layout holds another VAE size than the published one, so only the DiT is compared
     other = M.VideoDiT(M.published_config(official))
     common.load_weights(other, tmp_path / "own")
