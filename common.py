@@ -16,6 +16,7 @@ import re
 import signal
 import subprocess
 import sys
+import zipfile
 
 import imageio
 import numpy as np
@@ -143,6 +144,16 @@ def setup(device="auto"):
         # one rank may simulate for a long time while the others wait for it
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=2))
     return device, rank, world
+
+
+def free_memory(device):
+    """Bytes that are free on a device; of main memory what the system says is available, else all there is."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if os.path.exists("/proc/meminfo"):
+        with open("/proc/meminfo") as f:
+            return next(1024 * int(line.split()[1]) for line in f if line.startswith("MemAvailable"))
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def autocast(device):
@@ -300,6 +311,24 @@ def log_line(path, entry):
         f.write(json.dumps(entry) + "\n")
 
 
+def read_lines(path, mend=False):
+    """A .jsonl file -> its list of dicts. mend: drop a last line that was cut off, from the file as well.
+
+    Raises InputError, with the line's number, for what is no JSON object."""
+    with open(path) as f:
+        lines = f.readlines()
+    if mend and lines and not lines[-1].endswith("\n"):
+        with atomic(path) as tmp, open(tmp, "w") as f:
+            f.writelines(lines := lines[:-1])
+    entries = []
+    for i, line in enumerate(lines, 1):
+        try:
+            entries.append(dict(json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{path}, line {i}: expected a JSON object: {error}") from None
+    return entries
+
+
 def trim_log(path, step):
     """Drop the lines at or after `step`, so that a resumed run's log has each step once."""
     if os.path.exists(path):
@@ -321,28 +350,45 @@ def save_weights(path, tensors, config, dtype=None):
         save_file(tensors, tmp, metadata={"config": json.dumps(config)})
 
 
-def read_weights(path):
-    """One safetensors (or official .pth) file, or a folder of safetensors shards -> (CPU state dict, config dict)."""
+@contextlib.contextmanager
+def open_weights(path):
+    """A safetensors or official .pth file, or a folder of shards -> ({name: (shape, read)}, config dict).
+
+    Nothing is read before read() is called, one tensor at a time; a .pth is mapped, not read, where its format allows.
+    Raises InputError if there is no such file, or none that can be read, also from within the `with`."""
     path = os.fspath(path)
-    if os.path.isdir(path):
-        files = sorted(os.path.join(path, f) for f in os.listdir(path) if f.endswith(".safetensors"))
-        if not files:
-            raise InputError(f"{path} holds no .safetensors file")
-        parts = [read_weights(f) for f in files]
-        return {k: v for tensors, _ in parts for k, v in tensors.items()}, parts[0][1]
-    if not os.path.exists(path):
-        raise InputError(f"{path} does not exist")
+    files = sorted(os.path.join(path, f) for f in os.listdir(path) if f.endswith(".safetensors")) \
+        if os.path.isdir(path) else [path]
+    if not files:
+        raise InputError(f"{path} holds no .safetensors file")
     try:
-        if path.endswith((".pth", ".pt")):
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-            if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
-                raise ValueError("it is no dict of tensors")
-            return tensors, {}
-        with safe_open(path, "pt") as f:
-            return {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {}).get("config", "{}"))
+        with contextlib.ExitStack() as stack:
+            found, configs = {}, []
+            for path in files:
+                if not os.path.exists(path):
+                    raise InputError(f"{path} does not exist")
+                if path.endswith((".pth", ".pt")):
+                    zipped = zipfile.is_zipfile(path)
+                    tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+                    if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
+                        raise ValueError("it is no dict of tensors")
+                    found |= {k: (v.shape, lambda v=v: v) for k, v in tensors.items()}
+                    configs.append({})
+                else:
+                    f = stack.enter_context(safe_open(path, "pt"))
+                    found |= {k: (torch.Size(f.get_slice(k).get_shape()), lambda f=f, k=k: f.get_tensor(k))
+                              for k in f.keys()}
+                    configs.append(json.loads((f.metadata() or {}).get("config", "{}")))
+            yield found, configs[0]
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
         raise InputError(f"{path} is not a readable weight file (truncated, or another format): "
                          f"{str(error).splitlines()[0]}") from None
+
+
+def read_weights(path):
+    """All of open_weights(path) -> (CPU state dict, config dict)."""
+    with open_weights(path) as (found, config):
+        return {k: read() for k, (_, read) in found.items()}, config
 
 
 def fingerprint(*modules):
@@ -352,30 +398,56 @@ def fingerprint(*modules):
     return f"{seed_of(','.join(f'{x:.9e}' for x in total)):016x}"
 
 
-def load_weights(module, path, rename=None):
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "module.", "model.")       # what others put before every name
+KINDS = [(r"lora_[AB]|lora_(down|up)", "a LoRA"), (r"(^|\.)depth_head\.", "a Depth Anything model"),
+         (r"attn\.qkv|attention\.attention", "a DINOv2"), (r"cross_attn|attn2", "a Wan DiT"),
+         (r"^(encoder|decoder)\..*(middle|mid_block)", "a video VAE"), (r"scratch\.refinenet", "a physical head"),
+         (r"shared\.weight|SelfAttention|token_embedding", "a text encoder"), (r"^optimizer0/", "a training state")]
+
+
+@torch.no_grad()
+def load_weights(module, path, dtype=None, device=None):
     """Load a file or folder, official or diffusers/transformers layout, into the module in place; -> the file's config.
 
     The other layout goes through the module's own table `module.RENAMES`: (regex, replacement) pairs, all applied in
-    order to each key, or through `module.convert(tensors) -> tensors` where names are not enough. Raises InputError
-    naming the first missing, extra or misshapen keys."""
-    tensors, config = read_weights(path)
-    own = module.state_dict()
-    if not own.keys() & tensors.keys() or own.keys() - tensors.keys():
-        def renamed(key):
-            for pattern, replacement in getattr(module, "RENAMES", []):
-                key = re.sub(pattern, replacement, key)
-            return key
-        # a module whose layouts differ by more than names (one qkv or three tensors) brings its own `convert`
-        other = module.convert(tensors) if hasattr(module, "convert") else {renamed(k): v for k, v in tensors.items()}
-        if len(own.keys() & other.keys()) > len(own.keys() & tensors.keys()):
-            tensors = other
-    wrong = ([f"missing {k}" for k in own if k not in tensors] + [f"unexpected {k}" for k in tensors if k not in own]
-             + [f"{k} is {tuple(tensors[k].shape)}, expected {tuple(v.shape)}"
-                for k, v in own.items() if k in tensors and tensors[k].shape != v.shape])
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise InputError(f"{path} does not fit {type(module).__name__}: {'; '.join(wrong[:3])}{more}")
-    module.load_state_dict(tensors)
+    order to each key, or through `module.convert(tensors) -> tensors` where names are not enough.
+    dtype, device: the module takes these on (but what matches module.FLOAT32 keeps that precision), one tensor after
+    the other: built on the meta device, a model is never in memory twice. Raises InputError naming the first missing,
+    extra or misshapen keys, and what the file seems to be."""
+    with open_weights(path) as (found, config):
+        own = module.state_dict()
+        for prefix in PREFIXES:
+            if found and all(k.startswith(prefix) for k in found) and not own.keys() & found.keys():
+                found = {k.removeprefix(prefix): v for k, v in found.items()}
+        if not own.keys() & found.keys() or own.keys() - found.keys():
+            def renamed(key):
+                for pattern, replacement in getattr(module, "RENAMES", []):
+                    key = re.sub(pattern, replacement, key)
+                return key
+            # a module whose layouts differ by more than names (one qkv or three tensors) brings its own `convert`
+            if hasattr(module, "convert"):
+                other = module.convert({k: read() for k, (_, read) in found.items()})
+                other = {k: (v.shape, lambda v=v: v) for k, v in other.items()}
+            else:
+                other = {renamed(k): v for k, v in found.items()}
+            if len(own.keys() & other.keys()) > len(own.keys() & found.keys()):
+                found = other
+        wrong = ([f"missing {k}" for k in own if k not in found] + [f"unexpected {k}" for k in found if k not in own]
+                 + [f"{k} is {tuple(found[k][0])}, expected {tuple(v.shape)}"
+                    for k, v in own.items() if k in found and found[k][0] != v.shape])
+        if wrong:
+            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+            kind = next((f" (it looks like {kind})" for pattern, kind in KINDS
+                         if any(re.search(pattern, k) for k in found)), "")
+            raise InputError(f"{path}{kind} does not fit {type(module).__name__}: {'; '.join(wrong[:3])}{more}")
+        for key, old in own.items():
+            value = found[key][1]()
+            if dtype is None and device is None and not old.is_meta:
+                old.copy_(value)
+            else:
+                precise = dtype and re.search(getattr(module, "FLOAT32", "^$"), key)
+                kind = (torch.float32 if precise else dtype) if old.is_floating_point() else old.dtype
+                module.load_state_dict({key: value.to(device, kind, copy=True)}, strict=False, assign=True)
     return config
 
 
@@ -450,7 +522,8 @@ def to_float(frames):
 def read_image(path, size):
     """PNG, JPEG or WebP of any mode -> (float (3, size, size) in [-1, 1], a note on what was cropped or "").
 
-    EXIF orientation is applied, transparency is put on white, the centre square is taken and resized (Lanczos).
+    size: a number, or (height, width). EXIF orientation is applied, transparency is put on white, the largest centre
+    part of that aspect ratio is taken and resized (Lanczos).
     Raises InputError if the file is missing, broken, no image, or has a side outside 16..8192."""
     if os.path.isdir(path):
         raise InputError(f"{path} is a folder; expected one PNG, JPEG or WebP image")
@@ -470,18 +543,29 @@ def read_image(path, size):
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{path} is not a readable PNG, JPEG or WebP image: {str(error).splitlines()[0]}") from None
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    w, h = image.size
-    note = f"centre-cropped from {w}x{h} to {min(w, h)}x{min(w, h)}" if w != h else ""
-    if image.size != (size, size):
-        image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
-    return to_float(np.array(image)[None])[:, 0], note                               # (3, size, size)
+    (w, h), (height, width) = image.size, size if isinstance(size, tuple) else (size, size)
+    kept = min(w, round(h * width / height)), min(h, round(w * height / width))
+    note = f"centre-cropped from {w}x{h} to {kept[0]}x{kept[1]}" if kept != (w, h) else ""
+    if image.size != (width, height):
+        image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+    return to_float(np.array(image)[None])[:, 0], note                               # (3, height, width)
 
 
 VIDEO_EXTENSIONS = (".mp4", ".gif", ".webp")
 
 
-def write_video(path, frames, fps, scale=1):
-    """uint8 (T, H, W, 3) -> mp4, gif or webp by extension. scale: integer enlargement, nearest neighbour."""
+def fit(frames, size):
+    """uint8 (T, H, W, 3) -> (T, size, size, 3): the centre square, resized (Lanczos)."""
+    if frames.shape[1:3] == (size, size):
+        return frames
+    return np.stack([np.asarray(ImageOps.fit(Image.fromarray(f), (size, size), Image.Resampling.LANCZOS))
+                     for f in frames])
+
+
+def write_video(path, frames, fps, scale=1, lossless=False):
+    """uint8 (T, H, W, 3) -> mp4, gif or webp by extension. scale: integer enlargement, nearest neighbour.
+
+    lossless: an mp4 in RGB, exact for data; browsers want the usual one."""
     frames = np.asarray(frames).repeat(scale, 1).repeat(scale, 2)
     extension = os.path.splitext(path)[1].lower()
     if extension not in VIDEO_EXTENSIONS:
@@ -492,8 +576,9 @@ def write_video(path, frames, fps, scale=1):
             # x264 with one thread: the same frames give the same bytes; macro_block_size=1: no silent resize
             with open(tmp, "wb"):
                 pass                                                                   # a missing folder fails here
-            imageio.mimwrite(tmp, frames, fps=fps, codec="libx264", macro_block_size=1, pixelformat="yuv420p",
-                             ffmpeg_log_level="error", output_params=["-crf", "12", "-threads", "1"])
+            codec, pixels, quality = ("libx264rgb", "rgb24", "0") if lossless else ("libx264", "yuv420p", "12")
+            imageio.mimwrite(tmp, frames, fps=fps, codec=codec, macro_block_size=1, pixelformat=pixels,
+                             ffmpeg_log_level="error", output_params=["-crf", quality, "-threads", "1"])
         else:
             images = [Image.fromarray(f) for f in frames]
             images[0].save(tmp, save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0,
@@ -503,6 +588,13 @@ def write_video(path, frames, fps, scale=1):
 def read_video(path):
     """Any file imageio reads -> uint8 (T, H, W, 3)."""
     return np.stack(imageio.mimread(path, memtest=False))[..., :3]
+
+
+def frame_rate(path):
+    """Frames a second of a video file, as it says itself."""
+    with imageio.get_reader(path) as reader:
+        meta = reader.get_meta_data()
+    return meta.get("fps") or 1000 / meta["duration"]
 
 
 def sheet(videos, every=1):

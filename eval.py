@@ -5,6 +5,7 @@ number means (truth re-parsed, VAE round trip, jittered truth, static, teleport)
     python eval.py                                  # the table on 512 validation scenes, seen and unseen
     python eval.py --split=test --n=512 --json=out/eval.json
     python eval.py --ckpt=out/sft/dit.safetensors --head=out/sft/head1.safetensors
+    python eval.py --clips=FOLDER                   # on clips of any origin, see simdata.py
 
 The parser knows the first frame and its masks, never the truth's future; its own error is the row "truth re-parsed".
 Metrics that PISA (2503.09595), phyworld (2411.02385) or Physics-IQ (2501.09038) define keep their definition; the
@@ -174,6 +175,32 @@ def laws(track, flight):
     return g.float(), contact, torch.where(contact.isfinite() & (down > 1), up / down.clamp_min(1e-6), torch.nan)
 
 
+def found_laws(c, c_true, counts, flight, batch, fps):
+    """laws() of found and true centres (B, T, N, 2) -> {g_ratio, restitution_error, contact_time_error: (B,)}.
+
+    The same fit on both, so that perspective cancels."""
+    B, T, N, _ = c.shape
+    which = batch["falls"].nonzero()
+    pick = lambda x: x[which[:, 0], :, which[:, 1]]
+    known = counts | (torch.arange(T, device=c.device) == 0)[None, :, None]
+    track = pick(torch.where(known, c[..., 1], torch.nan))
+    track_true = pick(torch.where(known, c_true[..., 1], torch.nan))
+    (g, when, bounce), (g_true, when_true, bounce_true) = laws(track, pick(flight)), laws(track_true, pick(flight))
+    g_ratio = torch.where(pick(flight & counts).sum(1) >= 4, g / g_true, torch.nan)
+    # where the truth has a contact and the video has none, the error is the largest there can be, never left out
+    lost = when_true.isfinite() & ~when.isfinite()
+    contact = torch.where(lost, (T - when_true) / fps, (when - when_true).abs() / fps)
+    rebound = torch.where(lost & bounce_true.isfinite(), 1.0, (bounce - bounce_true).abs())
+
+    def spread(x):                                 # bodies back to clips: the mean over a clip's, NaN if none counts
+        good = x.isfinite()
+        total = torch.zeros(B, device=x.device).index_add_(0, which[:, 0], torch.where(good, x, 0.0))
+        n = torch.zeros(B, device=x.device).index_add_(0, which[:, 0], good.float())
+        return torch.where(n > 0, total / n.clamp_min(1), torch.nan)
+
+    return dict(g_ratio=spread(g_ratio), restitution_error=spread(rebound), contact_time_error=spread(contact))
+
+
 def tracks(video, batch):
     """Where bodies are and should be. -> found, true masks (B, T, N, H, W) bool, their centres (B, T, N, 2) in pixels,
     and counts (B, T, N): the dropped bodies' frames that are judged.
@@ -210,9 +237,10 @@ def measure(video, batch, fps=16, detail=True):
     out = dict(traj_l2=mean(error, counts))
     if not detail:
         return out
-    flight, moving, rest = phases(batch, fps)
-    out |= {f"traj_l2_{name}": mean(error, counts & when)
-            for name, when in (("flight", flight), ("contact", moving), ("rest", rest))}
+    when = {}                                      # clips of other origin may have masks, but no velocities
+    if all(k in batch for k in ("velocity", "angular_velocity", "gravity")):
+        when = dict(zip(("flight", "contact", "rest"), phases(batch, fps)))
+    out |= {f"traj_l2_{name}": mean(error, counts & phase) for name, phase in when.items()}
     # phyworld's velocity error, px/frame: from frame 3, fully in view; a missing body is put at the border
     border = torch.where(c.isfinite(), c, 0.0)
     edge = torch.stack([true[..., 0].any(-1), true[..., -1].any(-1),
@@ -220,8 +248,10 @@ def measure(video, batch, fps=16, detail=True):
     inside = (counts & ~edge)[:, 1:] & (counts & ~edge)[:, :-1]
     inside[:, :2] = False
     speed = ((border[:, 1:] - border[:, :-1]) - (c_true[:, 1:] - c_true[:, :-1])).norm(dim=-1)
-    for name, when in (("", torch.ones_like(flight)), ("_before_contact", flight), ("_after_contact", ~flight)):
-        out[f"velocity_error{name}"] = mean(speed, inside & when[:, 1:])
+    out["velocity_error"] = mean(speed, inside)
+    if when:
+        out["velocity_error_before_contact"] = mean(speed, inside & when["flight"][:, 1:])
+        out["velocity_error_after_contact"] = mean(speed, inside & ~when["flight"][:, 1:])
 
     # PISA's, per dropped body, then averaged over the clip's; all bodies' pixels for parser IoU
     three = [[pisa(found[b, :, k], true[b, :, k]) for k in range(N) if batch["falls"][b, k]] for b in range(B)]
@@ -231,27 +261,8 @@ def measure(video, batch, fps=16, detail=True):
     seen = (true_area >= 0.5 * true_area.amax(1, keepdim=True).clamp_min(8)) & batch["alive"][:, None]
     out["iou_visible"] = mean((found & true).sum((-2, -1)) / union.clamp_min(1), seen)
 
-    # laws: the same fit on the found and on the true track, so that perspective cancels
-    which = batch["falls"].nonzero()
-    pick = lambda x: x[which[:, 0], :, which[:, 1]]
-    known = counts | (torch.arange(T, device=c.device) == 0)[None, :, None]
-    track = pick(torch.where(known, c[..., 1], torch.nan))
-    track_true = pick(torch.where(known, c_true[..., 1], torch.nan))
-    (g, when, bounce), (g_true, when_true, bounce_true) = laws(track, pick(flight)), laws(track_true, pick(flight))
-    g_ratio = torch.where(pick(flight & counts).sum(1) >= 4, g / g_true, torch.nan)
-    # where the truth has a contact and the video has none, the error is the largest there can be, never left out
-    lost = when_true.isfinite() & ~when.isfinite()
-    contact = torch.where(lost, (T - when_true) / fps, (when - when_true).abs() / fps)
-    rebound = torch.where(lost & bounce_true.isfinite(), 1.0, (bounce - bounce_true).abs())
-
-    def spread(x):                                 # bodies back to clips: the mean over a clip's, NaN if none counts
-        good = x.isfinite()
-        total = torch.zeros(B, device=x.device).index_add_(0, which[:, 0], torch.where(good, x, 0.0))
-        n = torch.zeros(B, device=x.device).index_add_(0, which[:, 0], good.float())
-        return torch.where(n > 0, total / n.clamp_min(1), torch.nan)
-
-    out |= dict(g_ratio=spread(g_ratio), restitution_error=spread(rebound),
-                contact_time_error=spread(contact))
+    if when:
+        out |= found_laws(c, c_true, counts, when["flight"], batch, fps)
 
     # permanence, over the frames in which the truth shows the body
     ratio = area / true_area.clamp_min(1)
@@ -302,20 +313,22 @@ def summary(per_clip):
 
 
 def reference_rows(batch, again, vae, device):
-    """Videos that say what a number means: {row: video (B, 3, T, H, W)}. again: the jittered make_batch dict."""
+    """Videos that say what a number means: {row: video (B, 3, T, H, W)}. again: the jittered batch, None if unknown."""
     video = batch["video"]
     with common.autocast(device):
         recon = vae.decode(vae.encode(video.to(device))).cpu()
-    return {"truth re-parsed": video, "VAE round trip": recon, "jittered truth": again["video"],
+    jittered = {"jittered truth": again["video"]} if again else {}
+    return {"truth re-parsed": video, "VAE round trip": recon, **jittered,
             "static": video[:, :, :1].expand_as(video),
             "teleport to the floor": torch.cat([video[:, :, :1], video[:, :, -1:].expand_as(video[:, :, 1:])], 2)}
 
 
 @torch.no_grad()
 def evaluate(models, split, n, seed=0, unseen=False, scenario="drop", best_of=1, references=True, chunk=64, steps=12,
-             guide=1.0, temperature=1.0):
+             guide=1.0, temperature=1.0, clips=None):
     """Generate and measure n scenes of a split. models: {row name: sample.Models}. -> {row: {metric: (n,) tensor}}.
 
+    clips: a simdata.Clips, from which the scenes are taken instead; such have no jittered truth.
     steps, guide, temperature: as in sample.generate; models need `weak` if guide is not 1.
     best_of > 1 adds the row "<name>, oracle best of k": the sample of lowest traj_l2, what choosing could reach."""
     rows, vae = {}, next(iter(models.values())).vae
@@ -323,9 +336,14 @@ def evaluate(models, split, n, seed=0, unseen=False, scenario="drop", best_of=1,
     for start in tqdm(range(0, n, chunk), desc=f"{split}, {'unseen' if unseen else 'seen'}"):
         size = min(chunk, n - start)
         where = dict(seed=seed, split=split, start=start, unseen=unseen)
-        batch, videos = simdata.make_batch(scenario, size, **where, photo=simdata.PHOTO), {}
+        batch, videos, again = clips.read(start, size) if clips else simdata.make_batch(
+            scenario, size, **where, photo=simdata.PHOTO), {}, None
+        size = len(batch.get("caption", ()))       # broken clips may be left out
+        if not size:
+            continue
         if references:
-            again = simdata.make_batch(scenario, size, **where, jitter_seed=0, truth=False)
+            if not clips:
+                again = simdata.make_batch(scenario, size, **where, jitter_seed=0, truth=False)
             videos = reference_rows(batch, again, vae, device)
         for name, m in models.items():
             keys = [[(split, int(unseen), seed, start + i, k) for i in range(size)] for k in range(best_of)]
@@ -353,7 +371,7 @@ def table(result, columns=COLUMNS):
         for split, metrics in splits.items():
             cells = []
             for c in columns:
-                m = metrics[c]
+                m = metrics.get(c, dict(n=0))      # what the truth of other people's clips does not allow
                 digits = 1 if c == "psnr" else 4 if c.startswith(("traj", "pisa_l2")) else 3
                 half = (m["high"] - m["low"]) / 2 if m["n"] else 0
                 cells.append(f"{m['mean']:.{digits}f} ± {half:.{digits}f}" if m["n"] else "-")
@@ -368,6 +386,8 @@ class Config:
     ckpt: str = ""                  # another DiT file instead of data/dit.safetensors
     head: str = ""                  # another physical head instead of data/head1.safetensors
     scenario: str = "drop"          # a name in simdata.SCENARIOS
+    clips: str = ""                 # a folder of clips (see simdata.py) to judge on instead of simulated ones
+    skip_broken: bool = False       # leave broken clips of the folder out, and say so, instead of stopping
     split: str = "val"              # val or test
     n: int = 512                    # scenes per split (seen, and as many unseen)
     seed: int = 0                   # which scenes
@@ -393,21 +413,34 @@ def main():
         raise common.InputError(f"--split={cfg.split}: expected val or test")
     if not set(cfg.stages.split(",")) <= {"1", "2", "3"}:
         raise common.InputError(f"--stages={cfg.stages}: expected some of 1,2,3, separated by commas")
+    if cfg.clips:
+        folder = simdata.Clips(cfg.clips, skip=cfg.skip_broken)
+        if "mask" not in folder.truth:
+            raise common.InputError(f"--clips={cfg.clips}: not all clips have a mask; expected NAME.npz with at least "
+                                    "the masks of the bodies, by which they are found again")
     device, _, _ = common.setup(cfg.device)
     guide = sample.guidance(cfg)
     models = {f"Stage {'I' * int(s)}": sample.load_models(cfg.data, int(s), cfg.ckpt, cfg.head, device, guide != 1)
               for s in cfg.stages.split(",")}
-    result, clips = {}, {}
-    for name, unseen in (("seen", False), ("unseen", True)):
-        clips[name] = evaluate(models, cfg.split, cfg.n, cfg.seed, unseen, cfg.scenario, best_of=cfg.best_of,
-                               references=cfg.references, chunk=cfg.chunk, steps=cfg.steps, guide=guide,
-                               temperature=cfg.temperature)
-        for row, per_clip in clips[name].items():
+    options = dict(best_of=cfg.best_of, references=cfg.references, chunk=cfg.chunk, steps=cfg.steps, guide=guide,
+                   temperature=cfg.temperature)
+    if cfg.clips:
+        per_row = {cfg.clips: evaluate(models, cfg.split, min(cfg.n, len(folder)), cfg.seed, clips=folder, **options)}
+        if folder.broken:
+            print(f"left out {len(folder.broken)} broken clips: " + "; ".join(folder.broken))
+        if not per_row[cfg.clips]:
+            raise common.InputError(f"--clips={cfg.clips}: no clip could be read")
+    else:
+        per_row = {name: evaluate(models, cfg.split, cfg.n, cfg.seed, unseen, cfg.scenario, **options)
+                   for name, unseen in (("seen", False), ("unseen", True))}
+    result = {}
+    for name, rows in per_row.items():
+        for row, per_clip in rows.items():
             result.setdefault(row, {})[name] = summary(per_clip)
     stages = list(models)
     for row in stages[1:]:                         # paired by scene: far tighter than two separate intervals
-        for name in clips:
-            a, b = clips[name][row], clips[name][stages[0]]
+        for name, rows in per_row.items():
+            a, b = rows[row], rows[stages[0]]
             result.setdefault(f"{row} - {stages[0]}, paired", {})[name] = summary({k: a[k] - b[k] for k in a})
     print(table(result))
     if cfg.json:

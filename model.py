@@ -178,6 +178,7 @@ def bytes_to_tokens(texts):
 
 class VideoDiT(nn.Module):
     """config: a flat dict as in CONFIGS. Set `model.checkpointing = True` to recompute blocks in the backward pass."""
+    FLOAT32 = r"time_|modulation|norm"             # small, and the stream's scale depends on it (see load_weights)
     RENAMES = [                                    # diffusers' WanTransformer3DModel -> Wan's own names
         (r"^condition_embedder\.time_embedder\.linear_1", "time_embedding.0"),
         (r"^condition_embedder\.time_embedder\.linear_2", "time_embedding.2"),
@@ -297,6 +298,14 @@ class VideoDiT(nn.Module):
         return v.permute(0, 6, 1, 2, 4, 3, 5).reshape(B, -1, k, H, W)
 
 
+def published_config(c):
+    """The config.json of a Wan model, official or diffusers', as one of ours; what it does not say is as in WAN."""
+    if "num_attention_heads" in c:
+        c = c | dict(dim=c["num_attention_heads"] * c["attention_head_dim"], num_heads=c["num_attention_heads"],
+                     in_dim=c["in_channels"], out_dim=c["out_channels"])
+    return WAN | {k: c[k] for k in CONFIGS["wan5b"] if k in c}
+
+
 def add_phys(model):
     """Give a model the learned embedding that marks physical tokens, after published weights were loaded; -> model.
 
@@ -333,6 +342,49 @@ def flow_loss(model, x0, text, image, phys, t, eps, weight=1.0):
     return (weight * (v.float() - (eps - x0)).square()).mean((1, 2, 3, 4))
 
 
+SOLVERS = ("ab2", "euler", "unipc")
+
+
+class UniPC:
+    """UniPC of order 2 (arXiv 2302.04867, with B(h) = e^h - 1, predicting x0) along x = (1 - t) x0 + t eps.
+
+    In lambda = log((1 - t) / t) the path is a linear ODE, solved exactly but for x0(lambda), which is taken as a line.
+    Every network call serves twice: it corrects the step that led there, and predicts the next one.
+    times: [t_0 = 1, ..., t_n = 0]."""
+    def __init__(self, times):
+        self.times = [min(t, 1 - 1e-6) for t in times]                               # lambda(1) is -infinity
+        self.line = [math.log((1 - t) / t) if t else math.inf for t in self.times]
+        self.x0, self.last = [], None              # all estimates; where the last step began
+
+    def step(self, i, x, v):
+        """x at times[i] and the velocity there -> x at times[i + 1]."""
+        self.x0.append(x - self.times[i] * v)
+        if i:
+            x = self.move(i - 1, self.last, self.x0[i])
+        self.last = x
+        return self.move(i, x, None)
+
+    def move(self, i, x, ahead):
+        """From times[i] to times[i + 1]; ahead: the estimate of x0 made there, if there is one already."""
+        now, h = self.x0[i], self.line[i + 1] - self.line[i]
+        B, change = math.expm1(-h), 0.0
+        # the first and the last step are of first order: no line before, none worth drawing to infinity
+        behind = self.x0[i - 1] - now if 0 < i < len(self.times) - 2 else None
+        r = (self.line[i - 1] - self.line[i]) / h if behind is not None else None
+        if behind is not None and ahead is not None:
+            # both weights such that lines and parabolas come out exactly
+            b1 = (B / -h - 1) / B
+            b2 = 2 * ((B / -h - 1) / -h - 0.5) / B
+            before = (b1 - b2) / (1 - r)
+            change = before * behind / r + (b1 - before) * (ahead - now)
+        elif ahead is not None:
+            change = 0.5 * (ahead - now)
+        elif behind is not None:
+            change = 0.5 * behind / r
+        t, s = self.times[i + 1], self.times[i]
+        return t / s * x - (1 - t) * B * (now + change)
+
+
 @torch.no_grad()
 def sample(model, image, text, phys, noise, steps=20, shift=3.0, cfg=1.0, text_null=None, solver="ab2", progress=None,
            weak=None, guide=1.0):
@@ -344,17 +396,21 @@ def sample(model, image, text, phys, noise, steps=20, shift=3.0, cfg=1.0, text_n
     model without physical tokens: what it does wrong, the model does too, only less (autoguidance, arXiv 2406.02507).
     Only while t > GUIDE_ABOVE, where it is decided who goes where (guidance interval, arXiv 2404.07724).
     solver: "euler", or "ab2": Adams-Bashforth, the velocity extrapolated to the middle of the step from the last two
-    calls, second order at Euler's price. progress(done, steps) is called after each step. Raises InputError."""
-    if solver not in ("euler", "ab2") or steps < 1 or shift <= 0:
-        raise InputError(f"solver={solver}, steps={steps}, shift={shift}: expected euler or ab2, steps >= 1, shift > 0")
+    calls, second order at Euler's price; or "unipc", which Wan is sampled with (see UniPC).
+    progress(done, steps) is called after each step. Raises InputError."""
+    if solver not in SOLVERS or steps < 1 or shift <= 0:
+        raise InputError(f"solver={solver}, steps={steps}, shift={shift}: expected one of {', '.join(SOLVERS)}, "
+                         "steps >= 1, shift > 0")
     if cfg != 1 and text_null is None:
         raise InputError(f"cfg={cfg} needs text_null, the tokens of the negative (or empty) prompt")
     if guide != 1 and weak is None:
         raise InputError(f"guide={guide} needs a weak model")
-    times = shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).tolist()
-    x = noise
+    end = 1e-3 if solver == "unipc" else 0         # Wan's grid leaves its last and largest step for the end
+    times = shift_time(torch.linspace(1, end, steps + 1, dtype=torch.float64), shift).tolist()
+    x, unipc = noise, UniPC([*times[:-1], 0.0])
     for i in range(steps):
-        t, dt = x.new_full((len(x),), times[i]), times[i + 1] - times[i]
+        # Wan's scheduler hands its model whole thousandths
+        t = x.new_full((len(x),), times[i] if solver != "unipc" else int(1000 * unipc.times[i]) / 1000)
         v = model(x, t, text, image, phys)
         if cfg != 1:
             null = model(x, t, text_null, image, phys)
@@ -363,10 +419,12 @@ def sample(model, image, text, phys, noise, steps=20, shift=3.0, cfg=1.0, text_n
         if guided:
             bad = weak(x, t, text, image)
             v = bad + guide * (v - bad)
-        # one velocity in, or where guidance ends, there is nothing to extrapolate from
-        euler = solver == "euler" or i == 0 or guided != guided_last
-        middle = v if euler else v + dt / (2 * dt_last) * (v - v_last)
-        x, v_last, dt_last, guided_last = x + dt * middle, v, dt, guided
+        if solver == "unipc":
+            x = unipc.step(i, x, v)
+        else:                                      # one call in, or where guidance ends, nothing to extrapolate from
+            dt, euler = times[i + 1] - times[i], solver == "euler" or i == 0 or guided != guided_last
+            middle = v if euler else v + dt / (2 * dt_last) * (v - v_last)
+            x, v_last, dt_last, guided_last = x + dt * middle, v, dt, guided
         if progress:
             progress(i + 1, steps)
     return x

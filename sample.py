@@ -4,14 +4,16 @@ An image in, a physical video out.
     python sample.py data/drop.png
     python sample.py photo.jpg --prompt="a red rubber ball falls" --n=4 --out=out/photo.gif
     python sample.py data/hit.png --stage=1 --steps=30 --seed=7
+    python sample.py photo.jpg --preset=wan5b --weights=Wan2.2-TI2V-5B --prompt="a ball falls onto the floor"
 
 Any PNG, JPEG or WebP with sides of 16 to 8192 pixels; the centre square is used. The video's format follows the name
 of --out: mp4, gif or webp. The same seed gives the same bytes. Without --prompt the text that the image itself carries
 (a PNG "Description") is used. In Python:
 
-    models = load_models("data", stage=2)
+    models = load_models("data", stage=2)          # or load_published("Wan2.2-TI2V-5B")
     video = generate(models, image, ["a red rubber ball falls"], keys=[0])      # (1, 3, 25, 64, 64) in [-1, 1]
 """
+import json
 import os
 import sys
 import time
@@ -72,22 +74,75 @@ def load_models(data="data", stage=1, ckpt="", head="", device="cpu", weak=False
     return Models(vae, encoder, dit, load_dit(f"{data}/guide.safetensors") if weak else None)
 
 
+def load_published(folder, name="wan5b", device="cpu", dtype=torch.bfloat16):
+    """Wan2.2-TI2V-5B's files as published, or as diffusers keeps them (transformer/, vae/). -> Models, frozen.
+
+    A config.json in the folder says how large the DiT is. Raises InputError if a file is missing or foreign, or if the
+    weights do not fit into the memory that is free."""
+    import model as M
+    import vae as V
+    if not os.path.isdir(folder):
+        raise InputError(f"--weights={folder} is no folder; expected the published files of Wan2.2-TI2V-5B, or "
+                         "diffusers' version of it")
+    dit_path, vae_path = f"{folder}/transformer", f"{folder}/vae"                     # as diffusers keeps them
+    if not os.path.isdir(dit_path):
+        dit_path, vae_path = folder, f"{folder}/Wan2.2_VAE.pth"
+
+    def read(path, convert, default):
+        if not os.path.exists(path):
+            return default
+        try:
+            with open(path) as f:
+                return convert(json.load(f))
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path}: expected the config of a Wan model: {error!r}") from None
+    wan = read(f"{dit_path}/config.json", M.published_config, M.CONFIGS[name])
+    vae_config = read(f"{vae_path}/config.json", V.diffusers_config, V.CONFIGS["wan2.2"])
+    with torch.device("meta"):                     # no memory before the weights come
+        dit = M.VideoDiT(wan)
+        size = 2e-9 * sum(p.numel() for p in dit.parameters()) + 4e-9 * sum(
+            p.numel() for p in V.VideoVAE(vae_config).parameters())
+    if size > (free := common.free_memory(torch.device(device)) / 1e9):
+        raise InputError(f"the weights in {folder} need {size:.1f} GB, --device={device} has {free:.1f} GB free; "
+                         "expected a device with more, or --device=cpu")
+    common.load_weights(dit, dit_path, dtype, device)
+    vae = V.load_vae(vae_path, vae_config, device)
+    if vae.config["z_dim"] != wan["in_dim"]:
+        raise InputError(f"{folder}: the VAE has {vae.config['z_dim']} channels, the DiT {wan['in_dim']}")
+    return Models(vae, None, dit.eval().requires_grad_(False))
+
+
+def read_text(path, config):
+    """A file of prompt embeddings (data/embed_text.py) -> text, negative (L, text_dim) each.
+
+    Raises InputError if they are missing or of another width."""
+    tensors = common.read_weights(path)[0]
+    for k in ("text", "negative"):
+        if k not in tensors or tensors[k].dim() != 2 or tensors[k].shape[1] != config["text_dim"]:
+            raise InputError(f"{path}: expected text and negative, (length, {config['text_dim']}) each; got "
+                             + (", ".join(f"{k} {tuple(v.shape)}" for k, v in tensors.items()) or "nothing"))
+    return tensors["text"].float(), tensors["negative"].float()
+
+
 @torch.no_grad()
 def generate_latent(models, image, text, phys, keys, frames=25, steps=12, shift=3.0, cfg=1.0, solver="ab2",
-                    progress=None, guide=1.0, temperature=1.0):
+                    progress=None, guide=1.0, temperature=1.0, null=None):
     """The denoising loop alone: image (B, C, 1, h, w) latent, tokens, physical tokens -> latent frames 1..k."""
     from model import bytes_to_tokens, sample
     B, C, _, h, w = image.shape
     noise = temperature * common.randn((C, (frames - 1) // 4, h, w), keys).to(image)
-    null = bytes_to_tokens([""] * B).to(image.device) if cfg != 1 else None
+    if cfg != 1 and null is None:
+        null = bytes_to_tokens([""] * B).to(image.device)
     return sample(models.dit, image, text, phys, noise, steps, shift, cfg, null, solver, progress, models.weak, guide)
 
 
 @torch.no_grad()
 def generate(models, image, captions, keys, frames=25, steps=12, shift=3.0, cfg=1.0, solver="ab2", progress=None,
-             guide=1.0, temperature=1.0, photo=None):
+             guide=1.0, temperature=1.0, photo=None, null=None, chunk=0):
     """image (B, 3, H, W) in [-1, 1], B captions, B noise keys (int or tuple) -> video (B, 3, frames, H, W) in [-1, 1].
 
+    A DiT that reads features of an outside text encoder takes captions as those (B, L, text_dim), and for cfg those of
+    the negative prompt as null. chunk: latent frames that the VAE decodes at a time; 0 is all.
     photo (B, 3, S, S): the same picture for the encoder, which may be finer than the video; by default the image.
     cfg guides by the text, guide away from models.weak, as in model.sample. The noise of a clip depends on its key
     alone, not on the batch, the rank or the device; its scale is the temperature: 1 samples what the model was trained
@@ -99,10 +154,10 @@ def generate(models, image, captions, keys, frames=25, steps=12, shift=3.0, cfg=
         grid = [n // 2 for n in first.shape[3:]]
         look = image if photo is None else photo
         phys = models.encoder(look, grid) if models.encoder is not None else None                   # (B, P, D)
-        text = bytes_to_tokens(captions).to(device)
+        text = (captions if torch.is_tensor(captions) else bytes_to_tokens(captions)).to(device)
         x0 = generate_latent(models, first, text, phys, keys, frames, steps, shift, cfg, solver, progress,
-                             guide, temperature)
-        video = models.vae.decode(torch.cat([first, x0], 2))
+                             guide, temperature, null)
+        video = models.vae.decode(torch.cat([first, x0], 2), chunk)
     return torch.cat([image[:, :, None], video[:, :, 1:]], 2)                        # frame 0 is the image, exactly
 
 
@@ -113,19 +168,32 @@ class Config:
     out: str = ""                   # .mp4, .gif or .webp; empty: out/<image name>.mp4
     seed: int = 0                   # same seed, same bytes
     n: int = 1                      # how many seeds, shown as one grid
-    frames: int = 25                # 1 + 4k; the nano model was trained on 25 (at 16 fps)
+    height: int = 64                # pixels; the nano model was trained on 64 x 64
+    width: int = 64
+    frames: int = 25                # 1 + 4k; the nano model was trained on 25
+    fps: int = 16                   # of the file that is written
     steps: int = 12                 # sampler steps
     cfg: float = 1.0                # guidance on the text; 1 is off
     guide: float = 0.0              # guidance away from a weaker model's mistakes; 1 is off; 0: 2.5, or 1 with --ckpt
     temperature: float = DEFAULT_TEMPERATURE  # scale of the initial noise: 1 is all that can happen, 0 one future
     shift: float = 3.0              # > 1 spends more of the steps near noise
-    solver: str = "ab2"             # ab2 (second order) or euler
+    solver: str = "ab2"             # ab2 (second order), euler, or unipc (Wan's own)
     stage: int = 0                  # 1 SFT, 2 + DPO on the DiT, 3 + DPO on the PhysEncoder; 0: 3, or 1 with --ckpt
     data: str = "data"              # folder with the weights
+    model: str = "nano"             # nano, or wan5b (better: --preset=wan5b, which sets sizes and steps as well)
+    weights: str = ""               # wan5b: the folder of the published files
+    text_emb: str = ""              # wan5b: the prompt's embeddings, a file of data/embed_text.py, in place of --prompt
+    negative: str = ""              # wan5b: what shall not be seen
+    chunk: int = 0                  # latent frames that the VAE decodes at a time; 0 is all at once
     ckpt: str = ""                  # another DiT file
     head: str = ""                  # another physical head
     scale: int = 4                  # enlarge the video's pixels this many times
     device: str = "auto"            # auto, cuda, mps or cpu
+
+
+PRESETS = {"nano": {}, "wan5b": dict(
+    model="wan5b", height=704, width=1280, frames=121, fps=24, steps=50, cfg=5.0, shift=5.0, solver="unipc", guide=1.0,
+    temperature=1.0, stage=1, chunk=2, scale=1)}
 
 
 def guidance(cfg):
@@ -135,23 +203,29 @@ def guidance(cfg):
 
 def main():
     began = time.time()
-    cfg = common.parse_config(Config, sys.argv[1:], positional="image")
+    cfg = common.parse_config(Config, sys.argv[1:], PRESETS, positional="image")
     if not cfg.image:
         raise InputError("which image? For example: python sample.py data/drop.png")
-    common.check_range(cfg, n=(1, 64), frames=(5, 101), steps=(1, 1000), cfg=(0, 30), guide=(0, 30), temperature=(0, 2),
+    common.check_range(cfg, n=(1, 64), frames=(5, 1001), height=(16, 8192), width=(16, 8192), fps=(1, 240),
+                       chunk=(0, 1000), steps=(1, 1000), cfg=(0, 30), guide=(0, 30), temperature=(0, 2),
                        shift=(0.01, 100), stage=(0, 3), scale=(1, 16))
     if cfg.frames % 4 != 1:
         k = cfg.frames // 4
         raise InputError(f"--frames={cfg.frames}: expected 1 + 4k, for example {max(5, 4 * k + 1)} or {4 * k + 5}")
-    if cfg.solver not in ("ab2", "euler"):
-        raise InputError(f"--solver={cfg.solver}: expected ab2 or euler")
+    from model import BYTES, SOLVERS
+    if cfg.solver not in SOLVERS:
+        raise InputError(f"--solver={cfg.solver}: expected one of {', '.join(SOLVERS)}")
+    if cfg.model not in PRESETS:
+        raise InputError(f"--model={cfg.model}: expected one of {', '.join(PRESETS)}")
+    if cfg.model != "nano" and not cfg.weights:
+        raise InputError(f"{cfg.model} needs --weights=FOLDER, with the published files of Wan2.2-TI2V-5B")
     out = cfg.out or f"out/{os.path.splitext(os.path.basename(cfg.image))[0]}.mp4"
     if os.path.splitext(out)[1].lower() not in common.VIDEO_EXTENSIONS:
         raise InputError(f"--out={out}: expected a name that ends in {', '.join(common.VIDEO_EXTENSIONS)}")
     if not cfg.out:
         common.make_dir("out")
     common.check_writable(out)                     # before the work, not after it
-    image, note = common.read_image(cfg.image, 64)
+    image, note = common.read_image(cfg.image, (cfg.height, cfg.width))
     prompt = cfg.prompt
     if not prompt:
         with Image.open(cfg.image) as picture:
@@ -161,25 +235,41 @@ def main():
 
     device, _, _ = common.setup(cfg.device)
     stage = cfg.stage or (1 if cfg.ckpt or cfg.head else DEFAULT_STAGE)
-    guide = guidance(cfg)
-    models = load_models(cfg.data, stage, cfg.ckpt, cfg.head, device, weak=guide != 1)
-    from model import BYTES
-    if len(prompt.encode(errors="replace")) > BYTES:
-        print(f"the prompt is long: only its first {BYTES} bytes are read")
+    guide, null = guidance(cfg), None
+    if cfg.model == "nano":
+        models = load_models(cfg.data, stage, cfg.ckpt, cfg.head, device, weak=guide != 1)
+        captions = [prompt] * cfg.n
+        if len(prompt.encode(errors="replace")) > BYTES:
+            print(f"the prompt is long: only its first {BYTES} bytes are read")
+    else:
+        if not cfg.text_emb:                       # before the DiT takes the memory
+            from data.embed_text import HUB, embed
+            encoder = cfg.weights if os.path.isdir(f"{cfg.weights}/text_encoder") else HUB
+            texts = embed([prompt, cfg.negative], encoder, device=device)
+        models = load_published(cfg.weights, cfg.model, device)
+        if cfg.text_emb:
+            texts, prompt = read_text(cfg.text_emb, models.dit.config), cfg.text_emb
+        captions, null = (x.to(device).expand(cfg.n, -1, -1) for x in texts)
+    step = 2 * models.vae.stride
+    if cfg.height % step or cfg.width % step:
+        near = [f"--{k}={max(step, round(getattr(cfg, k) / step) * step)}" for k in ("height", "width")]
+        raise InputError(f"{cfg.height}x{cfg.width} pixels: both must be multiples of {step}; the nearest are "
+                         + " ".join(near))
     photo = None
     if models.encoder is not None:                 # it sees the picture as fine as it can, not as the video will be
-        photo, _ = common.read_image(cfg.image, models.encoder.config["input_size"])
+        zoom = models.encoder.config["input_size"] / min(cfg.height, cfg.width)
+        photo, _ = common.read_image(cfg.image, (round(cfg.height * zoom), round(cfg.width * zoom)))
         photo = photo.to(device).expand(cfg.n, -1, -1, -1)
     loaded = time.time()
     with tqdm(total=cfg.steps, desc="sampling", unit="step") as bar:
-        video = generate(models, image.to(device).expand(cfg.n, -1, -1, -1), [prompt] * cfg.n,
+        video = generate(models, image.to(device).expand(cfg.n, -1, -1, -1), captions,
                          [cfg.seed + i for i in range(cfg.n)], cfg.frames, cfg.steps, cfg.shift, cfg.cfg, cfg.solver,
                          progress=lambda done, total: bar.update(1), guide=guide, temperature=cfg.temperature,
-                         photo=photo)
+                         photo=photo, null=null, chunk=cfg.chunk)
     sampled = time.time()
-    common.write_video(out, common.grid([common.to_uint8(v) for v in video], min(cfg.n, 4)), fps=16, scale=cfg.scale)
+    common.write_video(out, common.grid([common.to_uint8(v) for v in video], min(cfg.n, 4)), cfg.fps, cfg.scale)
     print(f"prompt: {prompt or '(none)'}")
-    print(f"wrote {out}: {cfg.frames} frames, stage {stage}, "
+    print(f"wrote {out}: {cfg.frames} frames, {f'stage {stage}' if cfg.model == 'nano' else cfg.model}, "
           f"seed {cfg.seed}{f' to {cfg.seed + cfg.n - 1}' if cfg.n > 1 else ''} "
           f"(loading {loaded - began:.1f} s, sampling {sampled - loaded:.1f} s, writing {time.time() - sampled:.1f} s)")
 

@@ -39,6 +39,8 @@ class Config:
     pool: str = "out/pool"          # folder of cached latents; made if it lacks shards
     scenarios: str = "drop"         # names in simdata.SCENARIOS, separated by commas; they take turns
     clips: int = 8192               # simulated clips in the pool, each also mirrored
+    folder: str = ""                # a folder of clips (see simdata.py) to train on instead, mirrored as well
+    skip_broken: bool = False       # leave broken clips of the folder out, and say so, instead of stopping
     model: str = "nano"             # the DiT, a name in model.CONFIGS
     init_from: str = ""             # a dit.safetensors to start from (with its head1 beside it, if any)
     phys: bool = True               # with the PhysEncoder; False trains the plain DiT
@@ -79,16 +81,19 @@ SEED = 2
 def make_pool(cfg, vae, device, rank, world):
     """Fill cfg.pool with shards -> dict(latent (N, C, 1+k, h, w) bf16, photo (N, 3, S, S) uint8, text (N, 128))."""
     common.make_dir(cfg.pool)
-    names, shards = cfg.scenarios.split(","), []   # (path, what it holds): latents of another VAE would train as well,
-    for s in range(math.ceil(cfg.clips / SHARD)):  # and then sample noise, so a shard remembers where it comes from
-        count = min(SHARD, cfg.clips - s * SHARD)
+    folder = simdata.Clips(cfg.folder, skip=cfg.skip_broken) if cfg.folder else None
+    names, total = cfg.scenarios.split(","), len(folder) if folder else cfg.clips
+    shards = []                                    # (path, what it holds): latents of another VAE would train as well,
+    for s in range(math.ceil(total / SHARD)):      # and then sample noise, so a shard remembers where it comes from
+        source = dict(folder=os.path.abspath(cfg.folder)) if folder else dict(scenario=names[s % len(names)], seed=SEED)
         shards.append((f"{cfg.pool}/{s:04d}.safetensors", dict(
-            vae=common.fingerprint(vae), scenario=names[s % len(names)], seed=SEED, start=s * SHARD,
-            count=count)))
+            vae=common.fingerprint(vae), **source, start=s * SHARD, count=min(SHARD, total - s * SHARD))))
     missing = [shard for shard in shards[rank::world] if not os.path.exists(shard[0])]
     for path, what in tqdm(missing, desc="pool, shards of 512", disable=rank > 0 or not missing):
-        batch = simdata.make_batch(what["scenario"], what["count"], SEED, "train", start=what["start"],
-                                   truth=False, photo=simdata.PHOTO)
+        batch = folder.read(what["start"], what["count"]) if folder else simdata.make_batch(
+            what["scenario"], what["count"], SEED, "train", start=what["start"], truth=False, photo=simdata.PHOTO)
+        if not batch:
+            raise common.InputError(f"{cfg.folder}: none of {what['count']} clips can be read: {folder.broken[-1]}")
         video = torch.cat([batch["video"], batch["video"].flip(-1)])         # a mirrored world obeys the same laws
         with common.autocast(device):
             latent = torch.cat([vae.encode(v.to(device)).to("cpu", torch.bfloat16) for v in video.split(16)])
@@ -96,6 +101,8 @@ def make_pool(cfg, vae, device, rank, world):
         photo = ((photo + 1) * 127.5).round().byte()
         text = M.bytes_to_tokens(batch["caption"] * 2).short()
         common.save_weights(path, dict(latent=latent, photo=photo, text=text), what)
+    if folder and folder.broken:
+        print(f"left out {len(folder.broken)} broken clips: " + "; ".join(folder.broken))
     if dist.is_initialized():
         dist.barrier()
     parts = [common.read_weights(path) for path, _ in shards]

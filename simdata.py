@@ -4,6 +4,7 @@ dependencies, exact ground truth. Every clip follows from its first frame and it
 
     python simdata.py                      # contact sheets and mp4s of every scenario in out/simdata/
     python simdata.py --split=test --unseen=True --seed=3
+    python simdata.py --export=out/world --scenarios=drop,roll --n=1000    # mp4, png, npz, jsonl; see class Clips
 
     batch = make_batch("drop", 16, seed=0)         # a dict of tensors, see make_batch
 
@@ -17,10 +18,15 @@ they move bodies by h dv / 2 as well: ramps come out exact to 1e-4 and towers st
 one flat list, so a scene in flight costs next to nothing. Units are SI, z is up.
 """
 import math
+import os
 import sys
+import zipfile
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from tqdm import tqdm
 
 PHOTO = 112                                        # pixels of the picture that the encoder gets; a video has 64
 SHAPES = ("sphere", "box", "cylinder", "capsule")  # the last two along z; half extents are their bounding boxes'
@@ -530,7 +536,7 @@ class Contacts:
         out = q.clamp_min(0)
         length = out.norm(dim=-1)
         outside = length > 0
-        deepest = torch.nn.functional.one_hot(q.argmax(-1), 3).to(p)                 # nearest face, for points inside
+        deepest = F.one_hot(q.argmax(-1), 3).to(p)                 # nearest face, for points inside
         n = torch.where(outside[..., None], out / length.clamp_min(1e-9)[..., None], deepest)
         n = torch.where(flat < 0, -n, n)
         spoke = p[..., :2] / p[..., :2].norm(dim=-1, keepdim=True).clamp_min(1e-9)
@@ -686,7 +692,7 @@ def simulate(scene, frames, fps, gravity=None, rate=RATE):
         raise ValueError("the scene has a body without positive mass: density and half extents must be positive")
     B, N = scene["shape"].shape
     M, device = B * N, scene["shape"].device
-    flat = lambda t: torch.nn.functional.pad(t.flatten(0, 1), (0, 0) * (t.ndim - 2) + (0, 1))        # and the world
+    flat = lambda t: F.pad(t.flatten(0, 1), (0, 0) * (t.ndim - 2) + (0, 1))        # and the world
     x, q, v, w = (flat(scene[k]) for k in ("position", "rotation", "velocity", "angular_velocity"))
     g = torch.tensor([0.0, 0.0, -9.81], device=device).repeat(B, 1) if gravity is None else gravity
     moves = flat(scene["dynamic"] & scene["alive"])
@@ -794,7 +800,7 @@ def _rays(uv, camera):
     """Pixel coordinates (F, P, 2) -> ray directions in world axes (F, P, 3), scaled so that t is the z-depth."""
     K, M = camera["intrinsics"], camera["world_to_camera"]
     xy = (uv - K[:, None, :2, 2]) / K[:, None, 0, 0, None]
-    return torch.nn.functional.pad(xy, (0, 1), value=1.0) @ M[:, :3, :3]
+    return F.pad(xy, (0, 1), value=1.0) @ M[:, :3, :3]
 
 
 def _roots(a, b, c):
@@ -825,7 +831,7 @@ def _span(o, d, shape, h):
 
     def capsule(o, d, h):                          # a convex body is entered where the first of its parts is
         r, half = h[..., 0], h[..., 2:] - h[..., :1]
-        up = torch.nn.functional.pad(half, (2, 0))
+        up = F.pad(half, (2, 0))
         parts = [tube(o, d, r, half), ball(o - up, d, r), ball(o + up, d, r)]
         parts = [(torch.where(n < f, n, torch.inf), torch.where(n < f, f, -torch.inf)) for n, f in parts]
         return torch.stack([n for n, _ in parts]).amin(0), torch.stack([f for _, f in parts]).amax(0)
@@ -842,9 +848,9 @@ def _span(o, d, shape, h):
 
 def _normal(p, shape, h):
     """Outward normals at surface points p (S, 3), in the bodies' frames; shape (S,), h (S, 3) -> (S, 3)."""
-    radial = torch.nn.functional.pad(p[:, :2], (0, 1)) / h[:, :1]
-    face = torch.nn.functional.one_hot((p.abs() / h).argmax(-1), 3).to(p) * p.sign()
-    cap = torch.nn.functional.pad(p[:, 2:].sign(), (2, 0))
+    radial = F.pad(p[:, :2], (0, 1)) / h[:, :1]
+    face = F.one_hot((p.abs() / h).argmax(-1), 3).to(p) * p.sign()
+    cap = F.pad(p[:, 2:].sign(), (2, 0))
     half = h[:, 2] - h[:, 0]                       # of a capsule's axis; zero for a ball
     beyond = p[:, 2].sign() * (p[:, 2].abs() - half).clamp_min(0)
     smooth = torch.cat([p[:, :2], beyond[:, None]], -1) / h[:, :1]
@@ -912,8 +918,8 @@ def _sunlight(scene, path, size):
         o = (point - x[:, None]) @ R
         near, far = _span(o, rotate(R.mT, light)[:, None].expand_as(o), shape, h)
         lit[frame[:, None], index] *= (near >= far).float()
-    lit = torch.nn.functional.pad(lit.view(B * T, 1, size, size), (1, 1, 1, 1), mode="replicate")
-    return torch.nn.functional.avg_pool2d(lit, 3, 1).view(B, T, size * size)
+    lit = F.pad(lit.view(B * T, 1, size, size), (1, 1, 1, 1), mode="replicate")
+    return F.avg_pool2d(lit, 3, 1).view(B, T, size * size)
 
 
 def _cast(scene, path, size, samples):
@@ -970,7 +976,7 @@ def render(scene, path, size=64, antialias=2, truth=True):
         front = ident.view(-1)[flat] == k                         # not hidden by a later body
         flat, color = flat[front], color[front]
         pixel = (flat // (W * W) * size + flat % (W * W) // W // antialias) * size + flat % W // antialias
-        body.index_add_(0, pixel, torch.nn.functional.pad(color, (0, 1), value=1.0))
+        body.index_add_(0, pixel, F.pad(color, (0, 1), value=1.0))
     body /= antialias**2
     image = (image * (1 - body[:, 3:]) + body[:, :3]).view(B, T, size, size, 3).permute(0, 4, 1, 2, 3)
     out = dict(video=(image.clamp(0, 1) * 2 - 1).contiguous())
@@ -1065,10 +1071,152 @@ def make_batch(scenario, batch_size, seed, split="train", frames=25, size=64, fp
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# clips on disk, simulated here or from elsewhere (Kubric, PyBullet, a camera). A folder holds
+#
+#   clips.jsonl   a line a clip: {"clip": NAME, "caption": text, "fps": number, ...}; without it every video is a clip
+#   NAME.mp4      the video (or .gif, .webp)
+#   NAME.png      frame 0 for the encoder, as fine as there is; without it the video's own
+#   NAME.npz      the truth: arrays as make_batch has them but for the batch axis, camera.intrinsics and the like for
+#                 those in dicts. Any may be missing.
+
+BODY_AXIS = dict.fromkeys(("position", "rotation", "velocity", "angular_velocity", "impulse"), 1) | dict.fromkeys(
+    ("alive", "dynamic", "falls", "shape", "half_extents", "mass", "restitution", "friction", "material", "color"), 0)
+
+
+def export(folder, scenario, n, seed, split="train", unseen=False, size=64, frames=25, fps=16):
+    """Write clips 0 .. n - 1 of a split to a folder, lossless; what is there already is kept.
+
+    A clip's line is written after its files, so a run that was stopped goes on where it was.
+    Raises InputError if the folder cannot be written, or holds clips of another size, length or rate."""
+    import common
+    form, index = dict(fps=fps, frames=frames, size=size), f"{folder}/clips.jsonl"
+    common.make_dir(folder)
+    have = common.read_lines(index, mend=True) if os.path.exists(index) else []
+    for line in have:
+        if {k: line.get(k) for k in form} != form:
+            raise common.InputError(f"{folder} holds clips of another form ({line.get('clip')}); expected "
+                                    + ", ".join(f"{k} {v}" for k, v in form.items()) + ", or choose another folder")
+    have = {line["clip"] for line in have}
+    name = lambda i: f"{scenario}-{split}{'-unseen' * unseen}-{seed}-{i:06d}"
+    missing = [i for i in range(n) if name(i) not in have]
+    bar = tqdm(total=n, initial=n - len(missing), desc=f"export {scenario}", unit="clip")
+    for start in sorted({i // 32 * 32 for i in missing}):
+        batch = make_batch(scenario, min(32, n - start), seed, split, frames, size, fps, start=start, unseen=unseen,
+                           photo=2 * PHOTO)
+        flat = {k: v for k, v in batch.items() if torch.is_tensor(v) and k not in ("video", "photo")}
+        flat |= {f"{k}.{j}": u for k, v in batch.items() if isinstance(v, dict) for j, u in v.items()}
+        for i in (i for i in missing if i // 32 * 32 == start):
+            path, b = f"{folder}/{name(i)}", i - start
+            with common.atomic(f"{path}.npz") as tmp:
+                np.savez_compressed(tmp, **{k: v[b].numpy() for k, v in flat.items()})
+            common.write_image(f"{path}.png", common.to_uint8(batch["photo"][b][:, None])[0])
+            common.write_video(f"{path}.mp4", common.to_uint8(batch["video"][b]), fps, lossless=True)
+            common.log_line(index, dict(clip=name(i), caption=batch["caption"][b], scenario=scenario, split=split,
+                                        unseen=unseen, seed=seed, index=i) | form)
+            bar.update()
+    bar.close()
+
+
+class Clips:
+    """A folder of clips, to train on and to judge with: clips.read(start, count) -> a dict as make_batch has it.
+
+    It has video, photo, caption and the truth that all clips have; where that is only masks, every body counts as
+    alive and falling. A video without truth is cropped to the centre square, resized and brought to `fps`; one with
+    truth must fit as it is.
+    Raises InputError for a folder without clips and for a broken clip; with skip=True such clips are left out and
+    listed, with the reason, in `broken`."""
+    def __init__(self, folder, size=64, frames=25, fps=16, skip=False):
+        import common
+        self.folder, self.size, self.frames, self.fps, self.skip, self.broken = folder, size, frames, fps, skip, []
+        if os.path.exists(index := f"{folder}/clips.jsonl"):
+            self.lines = common.read_lines(index)
+        elif os.path.isdir(folder):
+            names = [os.path.splitext(f) for f in sorted(os.listdir(folder)) if f[0] != "."]
+            self.lines = [dict(clip=name) for name, extension in names if extension in common.VIDEO_EXTENSIONS]
+        if not getattr(self, "lines", None):
+            raise common.InputError(f"{folder} is no folder of clips; expected videos in it, or a clips.jsonl as "
+                                    "python simdata.py --export=FOLDER writes it")
+        names = [self._try(self._names, line) for line in self.lines]
+        self.lines = [line for line, found in zip(self.lines, names) if found is not None]
+        self.truth = sorted(set.intersection(*(found for found in names if found is not None)) if self.lines else [])
+
+    def __len__(self):
+        return len(self.lines)
+
+    def _try(self, read, line):
+        """read(line), or the reason why not, with the clip's name."""
+        from common import InputError
+        try:
+            return read(line)
+        except (InputError, OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            reason = (str(error) or repr(error)).splitlines()[0]
+            self.broken.append(f"{self.folder}, clip {line.get('clip', '?')}: {reason}")
+        if not self.skip:
+            raise InputError(self.broken[-1])
+
+    def _names(self, line):
+        if not os.path.exists(path := f"{self.folder}/{line['clip']}.npz"):
+            return set()
+        with np.load(path) as file:
+            return set(file.files)
+
+    def _clip(self, line):
+        import common
+        path = f"{self.folder}/{line['clip']}"
+        found = [path + e for e in common.VIDEO_EXTENSIONS if os.path.exists(path + e)]
+        if not found:
+            raise ValueError("its video is missing")
+        raw, fps, clip = common.read_video(found[0]), line.get("fps") or common.frame_rate(found[0]), {}
+        if self.truth:
+            with np.load(f"{path}.npz") as file:
+                clip = {k: torch.from_numpy(file[k]) for k in self.truth}
+            form = (self.frames, self.size, self.size)
+            if raw.shape[:3] != form or fps != self.fps or tuple(clip.get("mask", raw[..., 0]).shape) != form:
+                raise ValueError(f"{raw.shape[0]} frames of {raw.shape[2]}x{raw.shape[1]} at {fps} fps with truth; "
+                                 f"expected {self.frames} of {self.size}x{self.size} at {self.fps}, masks likewise")
+            for k in (k for k, v in clip.items() if v.is_floating_point() and v.isnan().any()):
+                raise ValueError(f"its {k} has NaN")
+        else:
+            at = (np.arange(self.frames) * fps / self.fps).round().astype(int)
+            if at[-1] >= len(raw):
+                raise ValueError(f"{len(raw)} frames at {fps} fps; expected {self.frames} at {self.fps} or longer")
+            raw = raw[at]
+        photo = common.to_float(common.fit(raw[:1], PHOTO))[:, 0]
+        if os.path.exists(f"{path}.png"):
+            photo, _ = common.read_image(f"{path}.png", PHOTO)
+        return clip | dict(video=common.to_float(common.fit(raw, self.size)), photo=photo,
+                           caption=str(line.get("caption", "")))
+
+    def read(self, start, count):
+        clips = [self._try(self._clip, line) for line in self.lines[start:start + count]]
+        clips = [c for c in clips if c is not None]
+        if "mask" in self.truth and clips:         # bodies by their masks, where nothing else is said
+            most = max(int(c["mask"].max()) for c in clips)
+            for c in clips:
+                seen = torch.tensor([bool((c["mask"][0] == k + 1).any()) for k in range(most)], dtype=torch.bool)
+                c.setdefault("alive", seen), c.setdefault("falls", c["alive"])
+        N = max((len(c["alive"]) for c in clips if "alive" in c), default=0)
+        batch = {}
+        for k in clips[0] if clips else ():
+            values = [c[k] for c in clips]
+            if k in BODY_AXIS:                     # clips differ in their number of bodies
+                axis = BODY_AXIS[k]
+                if k == "impulse":                 # (T, N, N + 1), the floor comes last
+                    values = [torch.cat([F.pad(v[..., :-1], (0, N + 1 - v.shape[2])), v[..., -1:]], 2) for v in values]
+                values = [F.pad(v, (0, 0) * (v.dim() - 1 - axis) + (0, N - v.shape[axis])) for v in values]
+            batch[k] = values if k == "caption" else torch.stack(values)
+        for k in [k for k in batch if "." in k]:
+            batch.setdefault(k.split(".")[0], {})[k.split(".")[1]] = batch.pop(k)
+        return batch
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 
 @dataclass
 class Config:
     out: str = "out/simdata"       # folder for contact sheets and clips
+    export: str = ""               # write clips with all their truth into this folder instead, see class Clips
+    scenarios: str = ",".join(SCENARIOS)  # which ones, separated by commas
     n: int = 8                     # clips per scenario
     seed: int = 0                  # any integer
     split: str = "train"           # train, val or test
@@ -1080,12 +1228,18 @@ class Config:
 def main():
     import common                                  # only to look at clips; the world itself needs nothing of ours
     cfg = common.parse_config(Config, sys.argv[1:])
-    common.check_range(cfg, n=(1, 256), size=(16, 1024), frames=(1, 1000))
+    common.check_range(cfg, n=(1, 10**8 if cfg.export else 256), size=(16, 1024), frames=(1, 1000))
     if cfg.split not in SPLITS:
         raise common.InputError(f"--split={cfg.split}: expected one of {', '.join(SPLITS)}")
+    names = common.check_names("scenarios", cfg.scenarios, SCENARIOS)
+    if cfg.export:
+        for name in names:
+            export(cfg.export, name, cfg.n, cfg.seed, cfg.split, cfg.unseen, cfg.size, cfg.frames)
+        print(f"{cfg.export} holds {len(Clips(cfg.export, cfg.size, cfg.frames))} clips")
+        return
     common.make_dir(cfg.out)
     rows = []
-    for name in SCENARIOS:
+    for name in names:
         batch = make_batch(name, cfg.n, cfg.seed, cfg.split, cfg.frames, cfg.size, unseen=cfg.unseen)
         clips = [common.to_uint8(v) for v in batch["video"]]
         rows += clips

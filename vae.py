@@ -61,14 +61,24 @@ CONFIGS = {
 # ----------------------------------------------------------------------------------------------------------------------
 # the parts
 
+# `past` is None for whole clips. While a clip is streamed (VideoVAE.stream), it is a list of what a module must know of
+# the chunks before: empty at the start, then one tensor, the last frames it saw.
+
 class CausalConv3d(nn.Conv3d):
     """A convolution that sees the present and the past: zero frames in front, "same" padding in space."""
+    past = None
+
     def __init__(self, d_in, d_out, kernel=(3, 3, 3)):
         super().__init__(d_in, d_out, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2))
         self.history = kernel[0] - 1
 
     def forward(self, x):
-        return super().forward(F.pad(x, (0, 0, 0, 0, self.history, 0)) if self.history else x)
+        if self.history:
+            seen = torch.cat([*self.past, x], 2) if self.past else x
+            if self.past is not None:
+                self.past = [seen[:, :, -self.history:]]
+            x = F.pad(seen, (0, 0, 0, 0, self.history + x.shape[2] - seen.shape[2], 0))
+        return super().forward(x)
 
 
 class RMSNorm(nn.Module):
@@ -113,6 +123,8 @@ class AttentionBlock(nn.Module):
 
 class Resample(nn.Module):
     """Halve or double H and W and, if `temporal`, T: frame 0 stays one frame, and every later frame has one partner."""
+    past = None
+
     def __init__(self, dim, d_out, up, temporal):
         super().__init__()
         self.up, self.temporal = up, temporal
@@ -126,15 +138,22 @@ class Resample(nn.Module):
                               nn.Conv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1)))        # its history is real frames
 
     def forward(self, x):                                                              # (B, C, 1+t, H, W)
-        if self.temporal and self.up and x.shape[2] > 1:
+        begins = not self.past                     # this is no later chunk of a stream, so it starts with frame 0
+        if self.past is not None and self.up:
+            self.past = [x[:, :, -1:]]
+        if self.temporal and self.up and x.shape[2] > begins:
             # Each frame after the first becomes two, and never looks back at frame 0: the published weights were
             # trained with a chunk cache that starts empty after the first frame.
-            pair = self.time_conv(x[:, :, 1:]).unflatten(1, (2, -1))                   # (B, 2, C, t, H, W)
-            x = torch.cat([x[:, :, :1], pair.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)], dim=2)
+            pair = self.time_conv(x[:, :, int(begins):]).unflatten(1, (2, -1))         # (B, 2, C, t, H, W)
+            x = torch.cat([x[:, :, :int(begins)], pair.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)], dim=2)
         B = x.shape[0]
         x = self.resample(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (B, -1)).transpose(1, 2)
-        if self.temporal and not self.up and x.shape[2] > 1:
-            x = torch.cat([x[:, :, :1], self.time_conv(x)], dim=2)                     # windows 0-2, 2-4, ...
+        if self.temporal and not self.up:
+            seen = torch.cat([*self.past, x], 2) if self.past else x
+            if self.past is not None:
+                self.past = [x[:, :, -1:]]
+            if seen.shape[2] > 1:
+                x = torch.cat([x[:, :, :int(begins)], self.time_conv(seen)], dim=2)    # windows 0-2, 2-4, ...
         return x
 
 
@@ -157,6 +176,8 @@ class DownStage(nn.Module):
 
 class UpStage(nn.Module):
     """The mirror image: the shortcut deals channels out to new pixels and frames. The last stage has none."""
+    past = None
+
     def __init__(self, layers, d_out, ft, fs):
         super().__init__()
         self.upsamples = nn.Sequential(*layers)
@@ -168,7 +189,10 @@ class UpStage(nn.Module):
         s = x.repeat_interleave(self.d_out * self.ft * self.fs ** 2 // x.shape[1], dim=1)
         s = s.unflatten(1, (self.d_out, self.ft, self.fs, self.fs)).permute(0, 1, 5, 2, 6, 3, 7, 4)
         s = s.flatten(6, 7).flatten(4, 5).flatten(2, 3)                                # (B, d_out, T*ft, H*fs, W*fs)
-        return self.upsamples(x) + s[:, :, self.ft - 1:]                               # frame 0 gives one frame
+        begins = not self.past
+        if self.past is not None:
+            self.past = [x[:, :, -1:]]
+        return self.upsamples(x) + s[:, :, (self.ft - 1) * begins:]                    # frame 0 gives one frame
 
 
 def middle(dim):
@@ -229,7 +253,8 @@ class Decoder(nn.Module):
 class VideoVAE(nn.Module):
     """Wan's causal video VAE (arXiv 2503.20314) from one flat config, e.g. CONFIGS["nano"].
 
-    The whole clip goes through at once. That equals the published chunk cache, and memory grows with the length."""
+    The whole clip goes through at once, which equals the published chunk cache, and memory grows with the length; or
+    it is streamed, `chunk` latent frames at a time after the first, in memory that does not depend on the length."""
     def __init__(self, config):
         super().__init__()
         self.config = dict(config)
@@ -275,7 +300,22 @@ class VideoVAE(nn.Module):
                 weight[:, :, -1, 0, 0] = eye.repeat(2, 1) if module.up else eye        # of the newest frame
         self.conv1.bias[self.config["z_dim"]:] = -6.0                                  # little noise at the start
 
-    def moments(self, video):
+    def stream(self, x, chunk):
+        """Yield x whole, or (chunk > 0) its frame 0, then `chunk` frames at a time, while all modules remember."""
+        if not chunk:
+            yield x
+            return
+        modules = [m for m in self.modules() if hasattr(m, "past")]
+        try:
+            for m in modules:
+                m.past = []
+            yield x[:, :, :1]
+            yield from x[:, :, 1:].split(chunk, 2) if x.shape[2] > 1 else ()
+        finally:
+            for m in modules:
+                m.past = None
+
+    def moments(self, video, chunk=0):
         """(B, 3, 1+4k, H, W) in [-1, 1] -> mean and log variance of the raw latent, (B, z, 1+k, h, w) each, fp32.
 
         Raises InputError unless T = 1+4k and H, W are multiples of the spatial stride."""
@@ -289,46 +329,58 @@ class VideoVAE(nn.Module):
         if H % self.stride or W % self.stride or H == 0 or W == 0:
             raise common.InputError(f"{H}x{W} pixels do not fit: both sides must be multiples of {self.stride}")
         p = self.config["patch"]
-        x = video.unflatten(4, (-1, p)).unflatten(3, (-1, p))                          # (B, 3, T, h, p, w, p)
-        x = x.permute(0, 1, 6, 4, 2, 3, 5).flatten(1, 3)                               # channel order c, w, h
-        x = x.contiguous(memory_format=torch.channels_last_3d)
-        return self.conv1(self.encoder(x)).float().chunk(2, dim=1)
+        out = []
+        for x in self.stream(video, chunk * self.stride_t):
+            x = x.unflatten(4, (-1, p)).unflatten(3, (-1, p))                          # (B, 3, T, h, p, w, p)
+            x = x.permute(0, 1, 6, 4, 2, 3, 5).flatten(1, 3)                           # channel order c, w, h
+            x = x.contiguous(memory_format=torch.channels_last_3d)
+            out.append(self.conv1(self.encoder(x)).float())
+        return (out[0] if len(out) == 1 else torch.cat(out, 2)).chunk(2, dim=1)
 
-    def reconstruct(self, z):
+    def reconstruct(self, z, chunk=0):
         """Raw latent (B, z, 1+k, h, w) -> video (B, 3, 1+4k, H, W), fp32, not clamped."""
-        z = z.contiguous(memory_format=torch.channels_last_3d)
-        x = self.decoder(self.conv2(z)).float()
-        p = self.config["patch"]
-        x = x.unflatten(1, (3, p, p)).permute(0, 1, 4, 5, 3, 6, 2)                     # (B, 3, T, h, p, w, p)
-        return x.flatten(5, 6).flatten(3, 4)
+        p, out = self.config["patch"], []
+        for part in self.stream(z, chunk):
+            x = self.decoder(self.conv2(part.contiguous(memory_format=torch.channels_last_3d))).float()
+            x = x.unflatten(1, (3, p, p)).permute(0, 1, 4, 5, 3, 6, 2)                 # (B, 3, T, h, p, w, p)
+            out.append(x.flatten(5, 6).flatten(3, 4))
+        return out[0] if len(out) == 1 else torch.cat(out, 2)
 
     def stats(self, like):
         """The latent's mean and standard deviation per channel, (1, z, 1, 1, 1) each."""
         return (torch.tensor(self.config[k], dtype=like.dtype, device=like.device).view(1, -1, 1, 1, 1)
                 for k in ("latent_mean", "latent_std"))
 
-    def encode(self, video):
+    def encode(self, video, chunk=0):
         """(B, 3, 1+4k, H, W) in [-1, 1] -> normalised latent (B, z, 1+k, h, w), the posterior's mean.
 
-        Raises InputError as `moments` does."""
-        mu, _ = self.moments(video)
+        chunk > 0 streams. Raises InputError as `moments` does."""
+        mu, _ = self.moments(video, chunk)
         mean, std = self.stats(mu)
         return (mu - mean) / std
 
-    def decode(self, latent):
+    def decode(self, latent, chunk=0):
         """Normalised latent (B, z, 1+k, h, w) -> video (B, 3, 1+4k, H, W) in [-1, 1].
 
-        Raises InputError unless the latent has five axes and z channels."""
+        chunk > 0 streams. Raises InputError unless the latent has five axes and z channels."""
         if latent.ndim != 5 or latent.shape[1] != self.config["z_dim"]:
             raise common.InputError(f"latent has shape {tuple(latent.shape)}; "
                                     f"expected (B, {self.config['z_dim']}, t, h, w)")
         mean, std = self.stats(latent)
-        return self.reconstruct(latent * std + mean).clamp(-1, 1)
+        return self.reconstruct(latent * std + mean, chunk).clamp(-1, 1)
 
     def forward(self, video, noise):
         """The training pass: video, noise (B, z, 1+k, h, w) -> reconstruction, mu, log variance."""
         mu, logvar = self.moments(video)
         return self.reconstruct(mu + (0.5 * logvar).exp() * noise), mu, logvar
+
+
+def diffusers_config(c):
+    """AutoencoderKLWan's config.json as one of ours."""
+    return dict(dim=c["base_dim"], decoder_dim=c.get("decoder_base_dim") or c["base_dim"], z_dim=c["z_dim"],
+                mult=c["dim_mult"], temporal=c["temperal_downsample"], blocks=c["num_res_blocks"],
+                decoder_blocks=c["num_res_blocks"] + 1, patch=c.get("patch_size") or 1,
+                residual=c.get("is_residual", False), latent_mean=c["latents_mean"], latent_std=c["latents_std"])
 
 
 def load_vae(path, config=None, device="cpu"):

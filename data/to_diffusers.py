@@ -1,0 +1,112 @@
+"""
+What was trained here, for people who use diffusers (needs `pip install diffusers`; for a LoRA neither side needs more
+than its file):
+
+    python data/to_diffusers.py --lora=out/dpo/lora2.safetensors --out=lora.safetensors   # pipe.load_lora_weights(...)
+    python data/to_diffusers.py --dit=out/sft/dit.safetensors --out=transformer           # WanTransformer3DModel
+    python data/to_diffusers.py --vae=out/vae/vae.safetensors --out=vae                   # AutoencoderKLWan
+
+Physical tokens do not travel: diffusers' DiT has no place for them. A DiT that was trained with them loses their type
+embedding (this is said), and a LoRA acts as it does in a clip without them.
+"""
+import os
+import re
+import sys
+from dataclasses import dataclass
+
+import torch
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import common
+import model as M
+import vae as V
+from common import InputError
+
+
+@dataclass
+class Config:
+    dit: str = ""                   # a DiT of ours that reads text features
+    lora: str = ""                  # a LoRA of dpo.py
+    vae: str = ""                   # a video VAE of ours
+    out: str = ""                   # a folder for dit and vae, a .safetensors file for lora
+
+
+def renamed(key, table):
+    for pattern, replacement in table:
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+def save(theirs, ours, table, out):
+    """Fill a diffusers model, built on the meta device, with our tensors; `table`: its names -> ours. Saves it."""
+    names = {k: renamed(k, table) for k in theirs.state_dict()}
+    lacking = [k for k in names.values() if k not in ours]
+    if lacking:
+        raise InputError(f"diffusers' {type(theirs).__name__} wants what this file lacks: {', '.join(lacking[:3])}")
+    theirs.load_state_dict({k: ours[name] for k, name in names.items()}, assign=True)
+    theirs.save_pretrained(out)
+    return sorted(ours.keys() - set(names.values()))
+
+
+def dit_to_diffusers(path, out):
+    """A DiT file -> a folder for WanTransformer3DModel.from_pretrained; -> names of what had to stay behind."""
+    from diffusers import WanTransformer3DModel
+    tensors, c = common.read_weights(path)
+    if "num_layers" not in c or c["text"] != "features":
+        raise InputError(f"{path}: expected a DiT of ours that reads text features; nano's byte encoder is not in Wan")
+    with torch.device("meta"):
+        theirs = WanTransformer3DModel(
+            patch_size=(1, 2, 2), num_attention_heads=c["num_heads"], attention_head_dim=c["dim"] // c["num_heads"],
+            in_channels=c["in_dim"], out_channels=c["out_dim"], text_dim=c["text_dim"], freq_dim=c["freq_dim"],
+            ffn_dim=c["ffn_dim"], num_layers=c["num_layers"], cross_attn_norm=True, qk_norm="rms_norm_across_heads")
+    return save(theirs, tensors, M.VideoDiT.RENAMES, out)
+
+
+def vae_to_diffusers(path, out):
+    """A VAE file -> a folder for AutoencoderKLWan.from_pretrained."""
+    from diffusers import AutoencoderKLWan
+    tensors, c = common.read_weights(path)
+    if c.get("decoder_blocks") != c.get("blocks", 0) + 1:
+        raise InputError(f"{path}: diffusers' decoder has one residual block a stage more than its encoder; this VAE "
+                         "does not")
+    with torch.device("meta"):
+        ours = V.VideoVAE(c)
+        theirs = AutoencoderKLWan(
+            base_dim=c["dim"], decoder_base_dim=c["decoder_dim"], z_dim=c["z_dim"], dim_mult=c["mult"],
+            num_res_blocks=c["blocks"], temperal_downsample=c["temporal"], is_residual=c["residual"],
+            in_channels=3 * c["patch"]**2, out_channels=3 * c["patch"]**2,
+            patch_size=c["patch"] if c["patch"] > 1 else None, scale_factor_spatial=ours.stride,
+            scale_factor_temporal=ours.stride_t, latents_mean=c["latent_mean"], latents_std=c["latent_std"])
+    return save(theirs, tensors, ours.RENAMES, out)
+
+
+def lora_to_diffusers(path, out):
+    """A LoRA file -> one that pipe.load_lora_weights reads; alpha / rank goes into B."""
+    tensors, c = common.read_weights(path)
+    if "rank" not in c:
+        raise InputError(f"{path} is not a LoRA of ours: its metadata has no rank")
+    names = (("self_attn", "attn1"), ("cross_attn", "attn2"), (r"\.([qkv])\.", r".to_\1."), (r"\.o\.", ".to_out.0."),
+             (r"ffn\.0", "ffn.net.0.proj"), (r"ffn\.2", "ffn.net.2"), (r"lora_([AB])$", r"lora_\1.weight"))
+    common.save_weights(out, {f"transformer.{renamed(k, names)}": v * (c["alpha"] / c["rank"] if k.endswith("B") else 1)
+                              for k, v in tensors.items()}, c)
+    return []
+
+
+def main():
+    cfg = common.parse_config(Config, sys.argv[1:])
+    given = [k for k in ("dit", "lora", "vae") if getattr(cfg, k)]
+    if len(given) != 1 or not cfg.out:
+        raise InputError("expected one of --dit=FILE, --lora=FILE, --vae=FILE, and --out")
+    common.check_writable(f"{cfg.out.rstrip('/')}.part" if given != ["lora"] else cfg.out)
+    try:
+        convert = dict(dit=dit_to_diffusers, lora=lora_to_diffusers, vae=vae_to_diffusers)[given[0]]
+        behind = convert(getattr(cfg, given[0]), cfg.out)
+    except ImportError:
+        raise InputError("this needs the package diffusers: pip install diffusers") from None
+    print(f"wrote {cfg.out}")
+    if behind:
+        print("what diffusers has no place for stayed behind: " + ", ".join(behind))
+
+
+if __name__ == "__main__":
+    common.run(main)
