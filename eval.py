@@ -325,11 +325,11 @@ def reference_rows(batch, again, vae, device):
 
 @torch.no_grad()
 def evaluate(models, split, n, seed=0, unseen=False, scenario="drop", best_of=1, references=True, chunk=64, steps=12,
-             guide=1.0, temperature=1.0, clips=None):
+             cfg=1.0, guide=1.0, temperature=1.0, clips=None):
     """Generate and measure n scenes of a split. models: {row name: sample.Models}. -> {row: {metric: (n,) tensor}}.
 
     clips: a simdata.Clips, from which the scenes are taken instead; such have no jittered truth.
-    steps, guide, temperature: as in sample.generate; models need `weak` if guide is not 1.
+    steps, cfg, guide, temperature: as in sample.generate; models need `weak` if guide is not 1.
     best_of > 1 adds the row "<name>, oracle best of k": the sample of lowest traj_l2, what choosing could reach."""
     rows, vae = {}, next(iter(models.values())).vae
     device = next(vae.parameters()).device
@@ -348,7 +348,7 @@ def evaluate(models, split, n, seed=0, unseen=False, scenario="drop", best_of=1,
         for name, m in models.items():
             keys = [[(split, int(unseen), seed, start + i, k) for i in range(size)] for k in range(best_of)]
             image, photo = batch["video"][:, :, 0].to(device), batch["photo"].to(device)
-            draws = torch.stack([sample.generate(m, image, batch["caption"], key, steps=steps, guide=guide,
+            draws = torch.stack([sample.generate(m, image, batch["caption"], key, steps=steps, cfg=cfg, guide=guide,
                                                  temperature=temperature, photo=photo).cpu() for key in keys])
             videos[name] = draws[0]
             if best_of > 1:
@@ -392,6 +392,7 @@ class Config:
     n: int = 512                    # scenes per split (seen, and as many unseen)
     seed: int = 0                   # which scenes
     steps: int = 12                 # sampler steps
+    cfg: float = sample.DEFAULT_CFG  # guidance on the text; 1 is off
     guide: float = 0.0              # guidance away from a weaker model's mistakes; 1 is off; 0: as sample.py has it
     temperature: float = sample.DEFAULT_TEMPERATURE  # scale of the initial noise
     best_of: int = 1                # > 1 adds the oracle row: the best of k seeds by the truth
@@ -403,8 +404,8 @@ class Config:
 
 def main():
     cfg = common.parse_config(Config, sys.argv[1:])
-    common.check_range(cfg, n=(1, 10**6), steps=(1, 1000), guide=(0, 30), temperature=(0, 2), best_of=(1, 64),
-                       chunk=(1, 4096))
+    common.check_range(cfg, n=(1, 10**6), steps=(1, 1000), cfg=(0, 30), guide=(0, 30), temperature=(0, 2),
+                       best_of=(1, 64), chunk=(1, 4096))
     if cfg.scenario not in simdata.SCENARIOS:
         raise common.InputError(f"--scenario={cfg.scenario}: expected one of {', '.join(simdata.SCENARIOS)}")
     if cfg.json:
@@ -422,8 +423,8 @@ def main():
     guide = sample.guidance(cfg)
     models = {f"Stage {'I' * int(s)}": sample.load_models(cfg.data, int(s), cfg.ckpt, cfg.head, device, guide != 1)
               for s in cfg.stages.split(",")}
-    options = dict(best_of=cfg.best_of, references=cfg.references, chunk=cfg.chunk, steps=cfg.steps, guide=guide,
-                   temperature=cfg.temperature)
+    options = dict(best_of=cfg.best_of, references=cfg.references, chunk=cfg.chunk, steps=cfg.steps, cfg=cfg.cfg,
+                   guide=guide, temperature=cfg.temperature)
     if cfg.clips:
         per_row = {cfg.clips: evaluate(models, cfg.split, min(cfg.n, len(folder)), cfg.seed, clips=folder, **options)}
         if folder.broken:

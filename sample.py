@@ -26,7 +26,8 @@ from tqdm import tqdm
 import common
 from common import InputError
 
-DEFAULT_STAGE, DEFAULT_GUIDE, DEFAULT_TEMPERATURE = 3, 2.5, 0.3  # chosen on the val split, data/RESULTS.md
+# chosen on the val split, data/RESULTS.md
+DEFAULT_STAGE, DEFAULT_CFG, DEFAULT_GUIDE, DEFAULT_TEMPERATURE = 3, 4.0, 2.5, 0.45
 
 
 @dataclass
@@ -173,7 +174,7 @@ class Config:
     frames: int = 25                # 1 + 4k; the nano model was trained on 25
     fps: int = 16                   # of the file that is written
     steps: int = 12                 # sampler steps
-    cfg: float = 1.0                # guidance on the text; 1 is off
+    cfg: float = DEFAULT_CFG        # guidance on the text: what it names stays there; 1 is off
     guide: float = 0.0              # guidance away from a weaker model's mistakes; 1 is off; 0: 2.5, or 1 with --ckpt
     temperature: float = DEFAULT_TEMPERATURE  # scale of the initial noise: 1 is all that can happen, 0 one future
     shift: float = 3.0              # > 1 spends more of the steps near noise

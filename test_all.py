@@ -1512,6 +1512,7 @@ def test_sample_command(tmp_path):
         cwd=tmp_path)
     assert (tmp_path / "e.gif").read_bytes() == (tmp_path / "f.gif").read_bytes()
     assert sample.guidance(sample.Config()) == sample.guidance(judge.Config()) == sample.DEFAULT_GUIDE != 1
+    assert sample.Config().cfg == judge.Config().cfg == sample.DEFAULT_CFG != 1
     assert sample.guidance(judge.Config(ckpt="x")) == 1 and sample.guidance(sample.Config(ckpt="x", guide=3.0)) == 3
     with pytest.raises(InputError):
         sample.load_models(f"{HERE}/data", 3, ckpt=f"{HERE}/data/dit.safetensors")
