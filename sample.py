@@ -170,7 +170,7 @@ class Config:
     seed: int = 0                   # same seed, same bytes
     n: int = 1                      # how many seeds, shown as one grid
     height: int = 64                # pixels; the nano model was trained on 64 x 64
-    width: int = 64
+    width: int = 64                 # both multiples of 16 (wan5b: 32)
     frames: int = 25                # 1 + 4k; the nano model was trained on 25
     fps: int = 16                   # of the file that is written
     steps: int = 12                 # sampler steps
