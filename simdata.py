@@ -1157,7 +1157,7 @@ class Clips:
     def _names(self, line):
         if not os.path.exists(path := f"{self.folder}/{line['clip']}.npz"):
             return set()
-        with np.load(path) as file:
+        with np.load(path, allow_pickle=False) as file:
             return set(file.files)
 
     def _clip(self, line):
@@ -1168,7 +1168,7 @@ class Clips:
             raise ValueError("its video is missing")
         raw, fps, clip = common.read_video(found[0]), line.get("fps") or common.frame_rate(found[0]), {}
         if self.truth:
-            with np.load(f"{path}.npz") as file:
+            with np.load(f"{path}.npz", allow_pickle=False) as file:
                 clip = {k: torch.from_numpy(file[k]) for k in self.truth}
             form = (self.frames, self.size, self.size)
             if raw.shape[:3] != form or fps != self.fps or tuple(clip.get("mask", raw[..., 0]).shape) != form:
