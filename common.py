@@ -119,6 +119,21 @@ def check_names(flag, text, known):
     return names
 
 
+def check_frames(cfg):
+    """Raises InputError unless cfg.frames = 1 + 4k."""
+    if cfg.frames % 4 != 1:
+        k = cfg.frames // 4
+        raise InputError(f"--frames={cfg.frames}: expected 1 + 4k, for example {max(5, 4 * k + 1)} or {4 * k + 5}")
+
+
+def check_sides(cfg, names, step):
+    """Raises InputError, with the nearest that would do, unless the sides in pixels are multiples of `step`."""
+    if any(getattr(cfg, k) % step for k in names):
+        near = [f"--{k}={max(step, round(getattr(cfg, k) / step) * step)}" for k in names]
+        raise InputError(f"{'x'.join(str(getattr(cfg, k)) for k in names)} pixels: expected multiples of {step}; the "
+                         f"nearest are {' '.join(near)}")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # device, ranks, precision
 
@@ -156,9 +171,14 @@ def free_memory(device):
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def autocast(device):
+def precision(device):
     """The one precision policy: bf16 where the device is fast at it (CUDA, CPUs with AVX512-BF16 or AMX), else fp32."""
     fast = device.type == "cuda" or device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def autocast(device):
+    fast = precision(device) != torch.float32
     return torch.autocast(device.type, torch.bfloat16) if fast else contextlib.nullcontext()
 
 
@@ -467,14 +487,31 @@ class Muon(torch.optim.Muon):
         super().step()
 
 
+def whole(tensor):
+    """A tensor that is sharded over the ranks (FSDP2) -> all of it, on the CPU of each; every rank must call. Other
+    tensors stay as they are."""
+    return tensor.full_tensor().cpu() if hasattr(tensor, "full_tensor") else tensor
+
+
+def like(tensor, value):
+    """Cut a whole tensor into shards as `tensor` is, if that is sharded."""
+    if not hasattr(tensor, "full_tensor"):
+        return value
+    from torch.distributed.tensor import distribute_tensor                           # a second to import
+    return distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements)
+
+
 def save_state(path, step, modules, *optimizers):
-    """Everything a run needs to go on bit-exactly: {name: module or dict of tensors}, optimizers, step. No pickle."""
-    tensors = {f"{name}/{k}": v for name, m in modules.items()
+    """Everything a run needs to go on bit-exactly: {name: module or dict of tensors}, optimizers, step. No pickle.
+
+    Every rank calls, rank 0 writes."""
+    tensors = {f"{name}/{k}": whole(v) for name, m in modules.items()
                for k, v in (m.state_dict() if isinstance(m, torch.nn.Module) else m).items()}
     for n, optimizer in enumerate(optimizers):
         for i, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer{n}/{i}/{k}": v for k, v in state.items()}
-    save_weights(path, tensors, {"step": step})
+            tensors |= {f"optimizer{n}/{i}/{k}": whole(v) for k, v in state.items()}
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        save_weights(path, tensors, {"step": step})
 
 
 @torch.no_grad()
@@ -493,13 +530,13 @@ def load_state(path, modules, *optimizers):
             else:
                 assert part.keys() == m.keys(), f"{name} has other keys"
                 for k, v in m.items():
-                    v.copy_(part[k])
+                    v.copy_(like(v, part[k]))
         for n, optimizer in enumerate(optimizers):
-            state = {}
+            state, owners = {}, [p for group in optimizer.param_groups for p in group["params"]]
             for key, value in tensors.items():
                 if key.startswith(f"optimizer{n}/"):
                     _, i, k = key.split("/")
-                    state.setdefault(int(i), {})[k] = value
+                    state.setdefault(int(i), {})[k] = like(owners[int(i)], value) if value.dim() else value
             optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
     except (RuntimeError, AssertionError, ValueError) as error:
         raise InputError(f"{path} belongs to another configuration: {str(error).splitlines()[0]}") from None

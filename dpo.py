@@ -5,6 +5,7 @@ pairs that the simulator judges, so that no human labels are needed.
     python dpo.py                                 # pairs, Stage II and Stage III, from the weights in data/
     python dpo.py --stages=2 --beta=500 --sft=0   # the paper's loss alone
     torchrun --nproc_per_node=8 dpo.py --pairs=8192 --steps=1000 --batch=256
+    torchrun --nproc_per_node=8 dpo.py --preset=wan5b         # after sft.py --preset=wan5b
 
 Pairs: for each scene the Stage-I model draws K clips from K noise seeds; the parser finds the bodies, the simulator
 says where they should be, best against worst becomes a pair. They lie in out/pairs/: shards of safetensors (first,
@@ -46,6 +47,10 @@ class Config:
     pool: str = "out/pairs"         # folder of preference pairs; made if it lacks shards
     scenarios: str = "drop"         # names in simdata.SCENARIOS, separated by commas; they take turns
     pairs: int = 384                # scenes to draw candidates for; those without a clear winner are dropped
+    size: int = 64                  # pixels a side of the clips
+    frames: int = 25                # of a clip, 1 + 4k
+    fps: int = 16                   # of the clips
+    text_emb: str = ""              # captions' embeddings for a Wan DiT (data/embed_text.py); empty: made with umT5
     candidates: int = 4             # K, clips per scene
     margin: float = 0.3             # least difference of scores, in pixels
     sampler_steps: int = 12         # of the candidates
@@ -62,13 +67,19 @@ class Config:
     log_every: int = 5              # steps
     eval_every: int = 75            # steps between val scores and checkpoints
     eval_clips: int = 64            # val clips that are sampled then
+    checkpointing: bool = False     # compute activations again in the backward pass instead of keeping them
+    in_turn: bool = False           # winner and loser one after the other: half the memory, a quarter more work
     seed: int = 0                   # of pairs, order, noise
     resume: bool = False            # go on from the run folder
     device: str = "auto"            # auto, cuda, mps or cpu
 
 
-PRESETS = {"nano": {}}
+PRESETS = {"nano": {}, "small": dict(data="out/small", name="dpo_small", pool="out/pairs_small", size=128, frames=33)}
+PRESETS |= {name: dict(data=f"out/{name}", name=f"dpo_{name}", pool=f"out/pairs_{name}", size=512, frames=49, fps=fps,
+                       sampler_steps=25, checkpointing=True, in_turn=True)
+            for name, fps in (("wan5b", 24), ("wan1.3b", 16))}
 SHARD = 64                                         # scenes per shard of pairs
+LONG = 1024                                        # bytes of a caption that are kept; nano reads 128 of them
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -89,13 +100,13 @@ class Policy(nn.Module):
         super().__init__()
         self.dit, self.head, self.visible = dit, head, visible
 
-    def forward(self, features, patch_grid, first, winner, loser, text, t, eps):
-        """features: the frozen backbone's; first (B, C, 1, h, w), winner, loser (B, C, k, h, w) -> two errors (B,)."""
-        twice = lambda x: torch.cat([x, x])        # one forward for both, so that rounding is theirs alike
-        phys = None if self.head is None else twice(self.head(features, patch_grid, [n // 2 for n in first.shape[3:]]))
-        error = M.flow_loss(self.dit, torch.cat([winner, loser]), twice(text), twice(first), phys, twice(t), twice(eps),
-                            self.visible)
-        return error.chunk(2)
+    def forward(self, features, patch_grid, first, clips, text, t, eps):
+        """features: the frozen backbone's; first (B, C, 1, h, w); clips: [winner, loser], or one of them, all of them
+        (B, C, k, h, w), in one forward, so that rounding is theirs alike -> an error (B,) for each."""
+        many = lambda x: torch.cat([x] * len(clips))
+        phys = None if self.head is None else many(self.head(features, patch_grid, [n // 2 for n in first.shape[3:]]))
+        error = M.flow_loss(self.dit, torch.cat(clips), many(text), many(first), phys, many(t), many(eps), self.visible)
+        return error.chunk(len(clips))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -131,7 +142,14 @@ def score(video, batch, weights):
 def pair_stamp(cfg, models):
     """What simulated pairs depend on; pairs from elsewhere only need the same VAE."""
     return {"vae": common.fingerprint(models.vae), "policy": common.fingerprint(models.dit, models.encoder),
-            **{k: getattr(cfg, k) for k in ("scenarios", "candidates", "margin", "sampler_steps")}}
+            **{k: getattr(cfg, k) for k in ("scenarios", "candidates", "margin", "sampler_steps", "size", "frames",
+                                            "fps")}}
+
+
+def form(cfg, models):
+    """What the clips are like, for simdata.make_batch."""
+    photo = models.encoder.config["input_size"] if models.encoder is not None else simdata.PHOTO
+    return dict(size=cfg.size, frames=cfg.frames, fps=cfg.fps, photo=photo)
 
 
 @torch.no_grad()
@@ -139,23 +157,24 @@ def make_pairs(cfg, models, device, rank, world):
     """Fill cfg.pool with shards of pairs, every rank its own; a killed run goes on with the next missing shard."""
     common.make_dir(cfg.pool)
     names, stamp = cfg.scenarios.split(","), pair_stamp(cfg, models)
-    missing = [s for s in range(math.ceil(cfg.pairs / SHARD))[rank::world]
+    shard = max(1, int(SHARD * 25 * 64**2 / (cfg.frames * cfg.size**2)))             # larger clips: fewer at a time
+    missing = [s for s in range(math.ceil(cfg.pairs / shard))[rank::world]
                if not os.path.exists(f"{cfg.pool}/{s:04d}.safetensors")]
-    for s in tqdm(missing, desc=f"pairs, shards of {SHARD} scenes", disable=rank > 0 or not missing):
-        count, start = min(SHARD, cfg.pairs - s * SHARD), s * SHARD
+    for s in tqdm(missing, desc=f"pairs, shards of {shard} scenes", disable=rank > 0 or not missing):
+        count, start = min(shard, cfg.pairs - s * shard), s * shard
         scenario = names[s % len(names)]
         seed = 1                                   # training scenes that neither the backbone nor Stage I has seen
-        batch = simdata.make_batch(scenario, count, seed, "train", start=start, photo=simdata.PHOTO)
-        scene, _ = simdata.make_scene(scenario, count, seed, "train", start=start)
-        weights = chaos_weights(scene, batch, batch["video"].shape[2], 16, start)
-        photo, text = batch["photo"], M.bytes_to_tokens(batch["caption"])
+        batch = simdata.make_batch(scenario, count, seed, "train", **form(cfg, models), start=start)
+        scene, _ = simdata.make_scene(scenario, count, seed, "train", cfg.size, start=start)
+        weights = chaos_weights(scene, batch, cfg.frames, cfg.fps, start)
+        photo, text = batch["photo"], models.read(batch["caption"])
         latents, scores = [], []
         with common.autocast(device):
             first = models.vae.encode(batch["video"][:, :, :1].to(device))
             phys = models.encoder(photo.to(device), [n // 2 for n in first.shape[3:]]) if models.encoder else None
             for k in range(cfg.candidates):
                 x0 = sample.generate_latent(models, first, text.to(device), phys,
-                                            [("pairs", seed, start + i, k) for i in range(count)],
+                                            [("pairs", seed, start + i, k) for i in range(count)], cfg.frames,
                                             steps=cfg.sampler_steps)
                 video = models.vae.decode(torch.cat([first, x0], 2)).cpu()
                 latents.append(x0.cpu()), scores.append(score(video, batch, weights))
@@ -173,7 +192,7 @@ def make_pairs(cfg, models, device, rank, world):
         common.save_weights(f"{cfg.pool}/{s:04d}.safetensors", dict(
             first=first.cpu()[keep].bfloat16(), winner=latents[best, every][keep].bfloat16(),
             loser=latents[worst, every][keep].bfloat16(), photo=((photo + 1) * 127.5).round().byte()[keep],
-            text=text[keep].short()), stamp)
+            text=M.bytes_to_tokens(batch["caption"], LONG)[keep].short()), stamp)
     if dist.is_initialized():
         dist.barrier()
 
@@ -243,11 +262,11 @@ def train(cfg, stage, models, pairs, folder, stop, device, rank, world):
         for i in range(rank * 16, cfg.eval_clips, world * 16):
             count = min(16, cfg.eval_clips - i)
             scenario = names[i // 16 % len(names)]
-            batch = simdata.make_batch(scenario, count, 0, "val", start=i, photo=simdata.PHOTO)
+            batch = simdata.make_batch(scenario, count, 0, "val", **form(cfg, models), start=i)
             video = sample.generate(models, batch["video"][:, :, 0].to(device), batch["caption"],
-                                    [("val", i + j) for j in range(count)], steps=cfg.sampler_steps,
+                                    [("val", i + j) for j in range(count)], cfg.frames, cfg.sampler_steps,
                                     photo=batch["photo"].to(device)).cpu()
-            value = judge.measure(video, batch, detail=False)["traj_l2"]
+            value = judge.measure(video, batch, cfg.fps, detail=False)["traj_l2"]
             total += torch.tensor([value.nansum().item(), value.isfinite().sum().item()])
         raw.train()
         total = common.average(total, device)
@@ -275,15 +294,23 @@ def train(cfg, stage, models, pairs, folder, stop, device, rank, world):
         photo = row["photo"].float() / 127.5 - 1
         with common.autocast(device):
             features = encoder.features(photo) if encoder is not None else (None, None)
-            inputs = (*features, row["first"].float(), row["winner"].float(), row["loser"].float(), row["text"].long(),
-                      t[mine].to(device), eps[mine].to(device))
-            err_w, err_l = model(*inputs)                                                           # (B,), (B,)
+            said = models.read(M.tokens_to_strings(row["text"])) if models.text else row["text"][:, :M.BYTES].long()
+            errors = lambda net, *clips: net(*features, row["first"].float(), clips, said.to(device),
+                                             t[mine].to(device), eps[mine].to(device))
+            pair = row["winner"].float(), row["loser"].float()
             with torch.no_grad():                  # the same module, the same precision, the tensors of step 0
-                ref_w, ref_l = torch.func.functional_call(raw, reference, inputs)
+                ref_w, ref_l = errors(lambda *x: torch.func.functional_call(raw, reference, x), *pair)
+            with torch.set_grad_enabled(not cfg.in_turn):
+                err_w, err_l = (e.requires_grad_() for e in errors(raw if cfg.in_turn else model, *pair))  # (B,), (B,)
         preference = dpo_loss(err_w, err_l, ref_w, ref_l, cfg.beta)
         loss = preference.mean() + cfg.sft * err_w.mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        if cfg.in_turn:                            # so far down to both errors; now through the network, one by one
+            for clip, slope in zip(pair, (err_w.grad, err_l.grad)):
+                with common.autocast(device):
+                    error, = errors(model, clip)
+                (error * slope).sum().backward()
         norm = nn.utils.clip_grad_norm_(trained.values(), 1.0)
         optimizer.step()
 
@@ -323,7 +350,9 @@ def main():
     common.check_range(cfg, pairs=(1, 10**8), candidates=(2, 256), margin=(0, 1e3), beta=(1e-6, 1e7), sft=(0, 1e3),
                        rank=(1, 1024), alpha=(1, 4096), steps=(1, 10**7), batch=(1, 10**6), eval_clips=(1, 10**5),
                        log_every=(1, 10**7), eval_every=(1, 10**7), sampler_steps=(1, 1000), lr=(0, 1),
-                       lr_head=(0, 1), warmup=(0, 10**7), shift=(0.01, 100))
+                       lr_head=(0, 1), warmup=(0, 10**7), shift=(0.01, 100), size=(16, 1024), frames=(5, 1001),
+                       fps=(1, 240))
+    common.check_frames(cfg)
     common.check_names("scenarios", cfg.scenarios, simdata.SCENARIOS)
     if cfg.stages not in ("2", "3", "2,3"):
         raise common.InputError(f"--stages={cfg.stages}: expected 2, 3 or 2,3")
@@ -331,16 +360,30 @@ def main():
     if cfg.batch % world:
         raise common.InputError(f"--batch={cfg.batch} must be a multiple of the {world} ranks")
     models = sample.load_models(cfg.data, 1, device=device)                          # Stage I makes the pairs
+    common.check_sides(cfg, ("size",), 2 * models.vae.stride)
     if "3" in cfg.stages and models.encoder is None:
         raise common.InputError("Stage III trains the physical head, but this DiT was trained without one; "
                                 "use --stages=2")
+    models.dit.checkpointing = cfg.checkpointing
     folder = common.start_run(cfg, rank, f"out/{cfg.name}")
+
+    def understand(captions):
+        """What an outside text encoder says about them, if the DiT needs one, computed once."""
+        if models.dit.config["text"] == "features":
+            models.text = sample.text_features(cfg.text_emb or f"{cfg.data}/captions.safetensors", captions,
+                                               models.dit.config["text_dim"], cfg.data, device)
+
+    understand([c for name in cfg.scenarios.split(",") for n, *where in ((cfg.pairs, 1, "train"),
+                                                                         (cfg.eval_clips, 0, "val"))
+                for c in simdata.captions(simdata.make_scene(name, n, *where)[0])])
     make_pairs(cfg, models, device, rank, world)
     pairs = load_pairs(cfg, models, rank)
+    understand(M.tokens_to_strings(pairs["text"]))                                   # pairs may come from elsewhere
     stop = common.Stop()
     for stage in map(int, cfg.stages.split(",")):
         if stage == 3 and cfg.stages == "3":       # Stage III alone: Stage II's LoRA is on, in policy and reference
-            models = sample.load_models(cfg.data, 2, device=device)
+            models, text = sample.load_models(cfg.data, 2, device=device), models.text
+            models.dit.checkpointing, models.text = cfg.checkpointing, text
         if train(cfg, stage, models, pairs, folder, stop, device, rank, world):
             print("stopped; go on with --resume=True") if rank == 0 else None
             break

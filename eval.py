@@ -325,37 +325,40 @@ def reference_rows(batch, again, vae, device):
 
 @torch.no_grad()
 def evaluate(models, split, n, seed=0, unseen=False, scenario="drop", best_of=1, references=True, chunk=64, steps=12,
-             cfg=1.0, guide=1.0, temperature=1.0, clips=None):
+             cfg=1.0, guide=1.0, temperature=1.0, clips=None, size=64, frames=25, fps=16):
     """Generate and measure n scenes of a split. models: {row name: sample.Models}. -> {row: {metric: (n,) tensor}}.
 
     clips: a simdata.Clips, from which the scenes are taken instead; such have no jittered truth.
-    steps, cfg, guide, temperature: as in sample.generate; models need `weak` if guide is not 1.
+    steps, cfg, guide, temperature: as in sample.generate; models need `weak` if guide is not 1, and `text` if the DiT
+    reads features. size, frames, fps: of the clips.
     best_of > 1 adds the row "<name>, oracle best of k": the sample of lowest traj_l2, what choosing could reach."""
-    rows, vae = {}, next(iter(models.values())).vae
-    device = next(vae.parameters()).device
+    rows, first = {}, next(iter(models.values()))
+    vae, device = first.vae, next(first.vae.parameters()).device
+    form = dict(size=size, frames=frames, fps=fps)
+    photo_size = first.encoder.config["input_size"] if first.encoder is not None else simdata.PHOTO
     for start in tqdm(range(0, n, chunk), desc=f"{split}, {'unseen' if unseen else 'seen'}"):
-        size = min(chunk, n - start)
-        where = dict(seed=seed, split=split, start=start, unseen=unseen)
-        batch, videos, again = clips.read(start, size) if clips else simdata.make_batch(
-            scenario, size, **where, photo=simdata.PHOTO), {}, None
-        size = len(batch.get("caption", ()))       # broken clips may be left out
-        if not size:
+        count = min(chunk, n - start)
+        where = form | dict(seed=seed, split=split, start=start, unseen=unseen)
+        batch, videos, again = clips.read(start, count) if clips else simdata.make_batch(
+            scenario, count, **where, photo=photo_size), {}, None
+        count = len(batch.get("caption", ()))      # broken clips may be left out
+        if not count:
             continue
         if references:
             if not clips:
-                again = simdata.make_batch(scenario, size, **where, jitter_seed=0, truth=False)
+                again = simdata.make_batch(scenario, count, **where, jitter_seed=0, truth=False)
             videos = reference_rows(batch, again, vae, device)
         for name, m in models.items():
-            keys = [[(split, int(unseen), seed, start + i, k) for i in range(size)] for k in range(best_of)]
+            keys = [[(split, int(unseen), seed, start + i, k) for i in range(count)] for k in range(best_of)]
             image, photo = batch["video"][:, :, 0].to(device), batch["photo"].to(device)
-            draws = torch.stack([sample.generate(m, image, batch["caption"], key, steps=steps, cfg=cfg, guide=guide,
+            draws = torch.stack([sample.generate(m, image, batch["caption"], key, frames, steps, cfg=cfg, guide=guide,
                                                  temperature=temperature, photo=photo).cpu() for key in keys])
             videos[name] = draws[0]
             if best_of > 1:
-                error = torch.stack([measure(v, batch, detail=False)["traj_l2"].nan_to_num(1) for v in draws])
-                videos[f"{name}, oracle best of {best_of}"] = draws[error.argmin(0), torch.arange(size)]
+                error = torch.stack([measure(v, batch, fps, detail=False)["traj_l2"].nan_to_num(1) for v in draws])
+                videos[f"{name}, oracle best of {best_of}"] = draws[error.argmin(0), torch.arange(count)]
         for row, video in videos.items():
-            for metric, value in measure(video, batch).items():
+            for metric, value in measure(video, batch, fps).items():
                 rows.setdefault(row, {}).setdefault(metric, []).append(value)
     return {row: {k: torch.cat(v) for k, v in metrics.items()} for row, metrics in rows.items()}
 
@@ -388,6 +391,10 @@ class Config:
     scenario: str = "drop"          # a name in simdata.SCENARIOS
     clips: str = ""                 # a folder of clips (see simdata.py) to judge on instead of simulated ones
     skip_broken: bool = False       # leave broken clips of the folder out, and say so, instead of stopping
+    size: int = 64                  # pixels a side of the clips
+    frames: int = 25                # of a clip, 1 + 4k
+    fps: int = 16                   # of the clips
+    text_emb: str = ""              # captions' embeddings for a Wan DiT (data/embed_text.py); empty: made with umT5
     split: str = "val"              # val or test
     n: int = 512                    # scenes per split (seen, and as many unseen)
     seed: int = 0                   # which scenes
@@ -402,10 +409,16 @@ class Config:
     device: str = "auto"            # auto, cuda, mps or cpu
 
 
+PRESETS = {"nano": {}, "small": dict(data="out/small", size=128, frames=33, cfg=1.0, temperature=1.0)}
+PRESETS |= {name: dict(data=f"out/{name}", size=512, frames=49, fps=fps, steps=50, cfg=5.0, temperature=1.0, chunk=1)
+            for name, fps in (("wan5b", 24), ("wan1.3b", 16))}
+
+
 def main():
-    cfg = common.parse_config(Config, sys.argv[1:])
+    cfg = common.parse_config(Config, sys.argv[1:], PRESETS)
     common.check_range(cfg, n=(1, 10**6), steps=(1, 1000), cfg=(0, 30), guide=(0, 30), temperature=(0, 2),
-                       best_of=(1, 64), chunk=(1, 4096))
+                       best_of=(1, 64), chunk=(1, 4096), size=(16, 1024), frames=(5, 1001), fps=(1, 240))
+    common.check_frames(cfg)
     if cfg.scenario not in simdata.SCENARIOS:
         raise common.InputError(f"--scenario={cfg.scenario}: expected one of {', '.join(simdata.SCENARIOS)}")
     if cfg.json:
@@ -415,7 +428,7 @@ def main():
     if not set(cfg.stages.split(",")) <= {"1", "2", "3"}:
         raise common.InputError(f"--stages={cfg.stages}: expected some of 1,2,3, separated by commas")
     if cfg.clips:
-        folder = simdata.Clips(cfg.clips, skip=cfg.skip_broken)
+        folder = simdata.Clips(cfg.clips, cfg.size, cfg.frames, cfg.fps, cfg.skip_broken)
         if "mask" not in folder.truth:
             raise common.InputError(f"--clips={cfg.clips}: not all clips have a mask; expected NAME.npz with at least "
                                     "the masks of the bodies, by which they are found again")
@@ -424,7 +437,17 @@ def main():
     models = {f"Stage {'I' * int(s)}": sample.load_models(cfg.data, int(s), cfg.ckpt, cfg.head, device, guide != 1)
               for s in cfg.stages.split(",")}
     options = dict(best_of=cfg.best_of, references=cfg.references, chunk=cfg.chunk, steps=cfg.steps, cfg=cfg.cfg,
-                   guide=guide, temperature=cfg.temperature)
+                   guide=guide, temperature=cfg.temperature, size=cfg.size, frames=cfg.frames, fps=cfg.fps)
+    first = next(iter(models.values()))
+    common.check_sides(cfg, ("size",), 2 * first.vae.stride)
+    if first.dit.config["text"] == "features":
+        captions = [str(line.get("caption", "")) for line in folder.lines] if cfg.clips else [
+            c for unseen in (False, True) for c in simdata.captions(
+                simdata.make_scene(cfg.scenario, cfg.n, cfg.seed, cfg.split, unseen=unseen)[0])]
+        text = sample.text_features(cfg.text_emb or f"{cfg.data}/captions.safetensors", captions,
+                                    first.dit.config["text_dim"], cfg.data, device)
+        for m in models.values():
+            m.text = text
     if cfg.clips:
         per_row = {cfg.clips: evaluate(models, cfg.split, min(cfg.n, len(folder)), cfg.seed, clips=folder, **options)}
         if folder.broken:

@@ -35,6 +35,9 @@ CONFIGS = {
     # nano's weaker sibling, away from which it is guided (see sample)
     "guide": dict(in_dim=32, out_dim=32, dim=128, ffn_dim=480, num_heads=2, num_layers=4,
                   freq_dim=128, text="bytes", text_dim=128, text_len=32, phys=False),
+    # 126 M, for one GPU: 128 x 128 pixels, 33 frames
+    "small": dict(in_dim=32, out_dim=32, dim=768, ffn_dim=3584, num_heads=12, num_layers=12,
+                  freq_dim=256, text="bytes", text_dim=256, text_len=32, phys=True),
     # Wan2.1-T2V-1.3B, Wan2.2-TI2V-5B, Wan2.1-T2V-14B
     "wan1.3b": WAN | dict(in_dim=16, out_dim=16, dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
     "wan5b": WAN | dict(in_dim=48, out_dim=48, dim=3072, ffn_dim=14336, num_heads=24, num_layers=30),
@@ -170,10 +173,16 @@ class ByteText(nn.Module):
         return x.transpose(1, 2)                                                                    # (B, 32, width)
 
 
-def bytes_to_tokens(texts):
-    """list of B strings -> LongTensor (B, 128) for a model with text="bytes": UTF-8 byte + 1, cut or padded with 0."""
-    codes = [[b + 1 for b in text.encode(errors="replace")[:BYTES]] for text in texts]
-    return torch.tensor([c + [0] * (BYTES - len(c)) for c in codes])
+def bytes_to_tokens(texts, length=BYTES):
+    """list of B strings -> LongTensor (B, length): UTF-8 byte + 1, cut or padded with 0. A model with text="bytes" reads
+    128 of them."""
+    codes = [[b + 1 for b in text.encode(errors="replace")[:length]] for text in texts]
+    return torch.tensor([c + [0] * (length - len(c)) for c in codes])
+
+
+def tokens_to_strings(tokens):
+    """The inverse of bytes_to_tokens, but for what was cut: (B, length) -> list of B strings."""
+    return [bytes(t - 1 for t in row if t).decode(errors="replace") for row in tokens.tolist()]
 
 
 class VideoDiT(nn.Module):
@@ -310,7 +319,7 @@ def add_phys(model):
     """Give a model the learned embedding that marks physical tokens, after published weights were loaded; -> model.
 
     Not zero: a zero-initialised physical head sends zero tokens, and there LayerNorm's gradient is 1 / sqrt(EPS)."""
-    init = 0.02 * torch.randn(model.config["dim"], generator=common.generator("phys_type"))
+    init = 0.02 * torch.randn(model.config["dim"], generator=common.generator("phys_type"), device="cpu")
     model.phys_type = nn.Parameter(init.to(model.patch_embedding.weight.device))                    # (D,)
     model.config["phys"] = True
     return model

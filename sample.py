@@ -20,6 +20,7 @@ import time
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
@@ -32,11 +33,21 @@ DEFAULT_STAGE, DEFAULT_CFG, DEFAULT_GUIDE, DEFAULT_TEMPERATURE = 3, 4.0, 2.5, 0.
 
 @dataclass
 class Models:
-    """What it takes to make a video; encoder is None for a DiT that was trained without one, weak without --guide."""
+    """What it takes to make a video; encoder is None for a DiT that was trained without one, weak without --guide.
+
+    text: {caption: features (L, width)} for a DiT that reads those of an outside text encoder, see text_features."""
     vae: torch.nn.Module
     encoder: torch.nn.Module
     dit: torch.nn.Module
     weak: torch.nn.Module = None
+    text: dict = None
+
+    def read(self, captions):
+        """B strings -> what the DiT takes: bytes (B, 128), or features (B, longest, width), padded with zeros."""
+        from model import bytes_to_tokens
+        if self.text is None:
+            return bytes_to_tokens(captions)
+        return torch.nn.utils.rnn.pad_sequence([self.text[c].float() for c in captions], batch_first=True)
 
 
 def load_models(data="data", stage=1, ckpt="", head="", device="cpu", weak=False):
@@ -53,11 +64,14 @@ def load_models(data="data", stage=1, ckpt="", head="", device="cpu", weak=False
     ckpt = ckpt or f"{data}/dit.safetensors"
 
     def load_dit(path):
-        config = common.read_weights(path)[1]
-        if "num_layers" not in config:
-            raise InputError(f"{path} is not a DiT of ours: its metadata has no DiT config; expected a dit.safetensors")
-        dit = VideoDiT(config)
-        common.load_weights(dit, path)
+        with common.open_weights(path) as (_, config):
+            if "num_layers" not in config:
+                raise InputError(f"{path} is not a DiT of ours: its metadata has no DiT config; expected a "
+                                 "dit.safetensors")
+        large = config["text"] == "features"       # Wan's size: never in memory twice, nor in fp32 where bf16 will do
+        with torch.device("meta" if large else "cpu"):
+            dit = VideoDiT(config)
+        common.load_weights(dit, path, *((common.precision(torch.device(device)), device) if large else ()))
         return dit.to(device).eval().requires_grad_(False)
 
     dit = load_dit(ckpt)
@@ -76,18 +90,20 @@ def load_models(data="data", stage=1, ckpt="", head="", device="cpu", weak=False
 
 
 def load_published(folder, name="wan5b", device="cpu", dtype=torch.bfloat16):
-    """Wan2.2-TI2V-5B's files as published, or as diffusers keeps them (transformer/, vae/). -> Models, frozen.
+    """The files of Wan2.2-TI2V-5B or Wan2.1-T2V-1.3B as published, or as diffusers keeps them (transformer/, vae/).
+    -> Models, frozen. name: wan5b or wan1.3b.
 
     A config.json in the folder says how large the DiT is. Raises InputError if a file is missing or foreign, or if the
     weights do not fit into the memory that is free."""
     import model as M
     import vae as V
     if not os.path.isdir(folder):
-        raise InputError(f"--weights={folder} is no folder; expected the published files of Wan2.2-TI2V-5B, or "
-                         "diffusers' version of it")
+        raise InputError(f"--weights={folder} is no folder; expected the published files of a Wan model, or diffusers' "
+                         "version of them")
+    version = "2.1" if name == "wan1.3b" else "2.2"
     dit_path, vae_path = f"{folder}/transformer", f"{folder}/vae"                     # as diffusers keeps them
     if not os.path.isdir(dit_path):
-        dit_path, vae_path = folder, f"{folder}/Wan2.2_VAE.pth"
+        dit_path, vae_path = folder, f"{folder}/Wan{version}_VAE.pth"
 
     def read(path, convert, default):
         if not os.path.exists(path):
@@ -98,7 +114,7 @@ def load_published(folder, name="wan5b", device="cpu", dtype=torch.bfloat16):
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path}: expected the config of a Wan model: {error!r}") from None
     wan = read(f"{dit_path}/config.json", M.published_config, M.CONFIGS[name])
-    vae_config = read(f"{vae_path}/config.json", V.diffusers_config, V.CONFIGS["wan2.2"])
+    vae_config = read(f"{vae_path}/config.json", V.diffusers_config, V.CONFIGS[f"wan{version}"])
     with torch.device("meta"):                     # no memory before the weights come
         dit = M.VideoDiT(wan)
         size = 2e-9 * sum(p.numel() for p in dit.parameters()) + 4e-9 * sum(
@@ -111,6 +127,24 @@ def load_published(folder, name="wan5b", device="cpu", dtype=torch.bfloat16):
     if vae.config["z_dim"] != wan["in_dim"]:
         raise InputError(f"{folder}: the VAE has {vae.config['z_dim']} channels, the DiT {wan['in_dim']}")
     return Models(vae, None, dit.eval().requires_grad_(False))
+
+
+def text_features(path, captions, width, folder, device):
+    """-> {caption: features (L, width) bf16}, "" included, out of the file at `path`. What it lacks is computed with the
+    umT5 in `folder`, or from the Hub, and added to it. Under torchrun every rank calls, rank 0 computes.
+
+    Raises InputError if the file is foreign, or lacks captions and there is no umT5 here (data/embed_text.py makes such
+    a file elsewhere)."""
+    if dist.is_initialized() and dist.get_rank():
+        dist.barrier()                             # all is in the file when rank 0 gets there
+    from data.embed_text import read_captions, write_captions
+    known = read_captions(path, width) if os.path.exists(path) else {}
+    lacking = sorted({"", *captions} - known.keys())
+    if lacking:
+        known |= write_captions(path, lacking, folder, device, known)
+    if dist.is_initialized() and not dist.get_rank():
+        dist.barrier()
+    return known
 
 
 def read_text(path, config):
@@ -129,11 +163,11 @@ def read_text(path, config):
 def generate_latent(models, image, text, phys, keys, frames=25, steps=12, shift=3.0, cfg=1.0, solver="ab2",
                     progress=None, guide=1.0, temperature=1.0, null=None):
     """The denoising loop alone: image (B, C, 1, h, w) latent, tokens, physical tokens -> latent frames 1..k."""
-    from model import bytes_to_tokens, sample
+    from model import sample
     B, C, _, h, w = image.shape
     noise = temperature * common.randn((C, (frames - 1) // 4, h, w), keys).to(image)
     if cfg != 1 and null is None:
-        null = bytes_to_tokens([""] * B).to(image.device)
+        null = models.read([""] * B).to(image.device)
     return sample(models.dit, image, text, phys, noise, steps, shift, cfg, null, solver, progress, models.weak, guide)
 
 
@@ -148,14 +182,13 @@ def generate(models, image, captions, keys, frames=25, steps=12, shift=3.0, cfg=
     cfg guides by the text, guide away from models.weak, as in model.sample. The noise of a clip depends on its key
     alone, not on the batch, the rank or the device; its scale is the temperature: 1 samples what the model was trained
     on, less leans towards the likeliest future, and seeds differ less."""
-    from model import bytes_to_tokens
     device = image.device
     with common.autocast(device):
         first = models.vae.encode(image[:, :, None])                                                # (B, C, 1, h, w)
         grid = [n // 2 for n in first.shape[3:]]
         look = image if photo is None else photo
         phys = models.encoder(look, grid) if models.encoder is not None else None                   # (B, P, D)
-        text = (captions if torch.is_tensor(captions) else bytes_to_tokens(captions)).to(device)
+        text = (captions if torch.is_tensor(captions) else models.read(captions)).to(device)
         x0 = generate_latent(models, first, text, phys, keys, frames, steps, shift, cfg, solver, progress,
                              guide, temperature, null)
         video = models.vae.decode(torch.cat([first, x0], 2), chunk)
@@ -192,14 +225,16 @@ class Config:
     device: str = "auto"            # auto, cuda, mps or cpu
 
 
-PRESETS = {"nano": {}, "wan5b": dict(
-    model="wan5b", height=704, width=1280, frames=121, fps=24, steps=50, cfg=5.0, shift=5.0, solver="unipc", guide=1.0,
-    temperature=1.0, stage=1, chunk=2, scale=1)}
+PRESETS = {"nano": {},
+           "small": dict(data="out/small", height=128, width=128, frames=33, cfg=1.0, temperature=1.0, scale=3),
+           "wan5b": dict(model="wan5b", height=704, width=1280, frames=121, fps=24, steps=50, cfg=5.0, shift=5.0,
+                         solver="unipc", guide=1.0, temperature=1.0, stage=1, chunk=2, scale=1)}
 
 
 def guidance(cfg):
     """What --guide=0 means: the default suits the shipped weights, other ones go unguided."""
-    return cfg.guide or (1.0 if cfg.ckpt or cfg.head else DEFAULT_GUIDE)
+    other = cfg.ckpt or cfg.head or not os.path.exists(f"{cfg.data}/guide.safetensors")
+    return cfg.guide or (1.0 if other else DEFAULT_GUIDE)
 
 
 def main():
@@ -210,16 +245,19 @@ def main():
     common.check_range(cfg, n=(1, 64), frames=(5, 1001), height=(16, 8192), width=(16, 8192), fps=(1, 240),
                        chunk=(0, 1000), steps=(1, 1000), cfg=(0, 30), guide=(0, 30), temperature=(0, 2),
                        shift=(0.01, 100), stage=(0, 3), scale=(1, 16))
-    if cfg.frames % 4 != 1:
-        k = cfg.frames // 4
-        raise InputError(f"--frames={cfg.frames}: expected 1 + 4k, for example {max(5, 4 * k + 1)} or {4 * k + 5}")
+    common.check_frames(cfg)
     from model import BYTES, SOLVERS
     if cfg.solver not in SOLVERS:
         raise InputError(f"--solver={cfg.solver}: expected one of {', '.join(SOLVERS)}")
     if cfg.model not in PRESETS:
         raise InputError(f"--model={cfg.model}: expected one of {', '.join(PRESETS)}")
-    if cfg.model != "nano" and not cfg.weights:
-        raise InputError(f"{cfg.model} needs --weights=FOLDER, with the published files of Wan2.2-TI2V-5B")
+    features = bool(cfg.weights)                   # of an outside text encoder; else the DiT reads bytes
+    if not features:
+        with common.open_weights(cfg.ckpt or f"{cfg.data}/dit.safetensors") as (_, config):
+            features = config.get("text") == "features"
+    if cfg.model != "nano" and not features:
+        raise InputError(f"{cfg.model} needs --weights=FOLDER, with the published files of Wan2.2-TI2V-5B, or "
+                         "--data=FOLDER, a run of sft.py on them")
     out = cfg.out or f"out/{os.path.splitext(os.path.basename(cfg.image))[0]}.mp4"
     if os.path.splitext(out)[1].lower() not in common.VIDEO_EXTENSIONS:
         raise InputError(f"--out={out}: expected a name that ends in {', '.join(common.VIDEO_EXTENSIONS)}")
@@ -235,27 +273,21 @@ def main():
         print(note)
 
     device, _, _ = common.setup(cfg.device)
-    stage = cfg.stage or (1 if cfg.ckpt or cfg.head else DEFAULT_STAGE)
-    guide, null = guidance(cfg), None
-    if cfg.model == "nano":
-        models = load_models(cfg.data, stage, cfg.ckpt, cfg.head, device, weak=guide != 1)
-        captions = [prompt] * cfg.n
-        if len(prompt.encode(errors="replace")) > BYTES:
-            print(f"the prompt is long: only its first {BYTES} bytes are read")
-    else:
-        if not cfg.text_emb:                       # before the DiT takes the memory
-            from data.embed_text import HUB, embed
-            encoder = cfg.weights if os.path.isdir(f"{cfg.weights}/text_encoder") else HUB
-            texts = embed([prompt, cfg.negative], encoder, device=device)
-        models = load_published(cfg.weights, cfg.model, device)
+    first = cfg.ckpt or cfg.head or not os.path.exists(f"{cfg.data}/head3.safetensors")
+    stage, guide, null = cfg.stage or (1 if first else DEFAULT_STAGE), guidance(cfg), None
+    if features and not cfg.text_emb:              # before the DiT takes the memory
+        from data.embed_text import embed
+        texts = embed([prompt, cfg.negative], cfg.weights or cfg.data, device=device)
+    models = load_published(cfg.weights, cfg.model, device) if cfg.weights else load_models(
+        cfg.data, stage, cfg.ckpt, cfg.head, device, weak=guide != 1)
+    captions = [prompt] * cfg.n
+    if features:
         if cfg.text_emb:
             texts, prompt = read_text(cfg.text_emb, models.dit.config), cfg.text_emb
         captions, null = (x.to(device).expand(cfg.n, -1, -1) for x in texts)
-    step = 2 * models.vae.stride
-    if cfg.height % step or cfg.width % step:
-        near = [f"--{k}={max(step, round(getattr(cfg, k) / step) * step)}" for k in ("height", "width")]
-        raise InputError(f"{cfg.height}x{cfg.width} pixels: both must be multiples of {step}; the nearest are "
-                         + " ".join(near))
+    elif len(prompt.encode(errors="replace")) > BYTES:
+        print(f"the prompt is long: only its first {BYTES} bytes are read")
+    common.check_sides(cfg, ("height", "width"), 2 * models.vae.stride)
     photo = None
     if models.encoder is not None:                 # it sees the picture as fine as it can, not as the video will be
         zoom = models.encoder.config["input_size"] / min(cfg.height, cfg.width)
@@ -270,7 +302,7 @@ def main():
     sampled = time.time()
     common.write_video(out, common.grid([common.to_uint8(v) for v in video], min(cfg.n, 4)), cfg.fps, cfg.scale)
     print(f"prompt: {prompt or '(none)'}")
-    print(f"wrote {out}: {cfg.frames} frames, {f'stage {stage}' if cfg.model == 'nano' else cfg.model}, "
+    print(f"wrote {out}: {cfg.frames} frames, {cfg.model if cfg.weights else f'stage {stage}'}, "
           f"seed {cfg.seed}{f' to {cfg.seed + cfg.n - 1}' if cfg.n > 1 else ''} "
           f"(loading {loaded - began:.1f} s, sampling {sampled - loaded:.1f} s, writing {time.time() - sampled:.1f} s)")
 

@@ -5,14 +5,16 @@ Stage I: supervised fine-tuning of the DiT and the physical head on ground-truth
     python sft.py --preset=taste                     # a short run, to see things fall
     python sft.py --phys=False --name=sft_plain      # without the encoder
     torchrun --nproc_per_node=8 sft.py --batch=512
+    torchrun --nproc_per_node=8 sft.py --preset=wan5b --fsdp=True --folder=CLIPS    # after data/fetch.py
 
 The first run makes a pool of latents (world -> VAE, once) in out/pool/; later runs reuse it. Watch out/sft/:
 metrics.jsonl has the loss by timestep bin, and the sheets show truth above sample. The results are dit.safetensors and
-head1.safetensors. PhysMaster's Stage I starts from a pretrained video model: give one with --init_from; nano starts
-from nothing.
+head1.safetensors, beside them copies of the VAE and the backbone, so that the folder serves as --data everywhere.
+PhysMaster's Stage I starts from a pretrained video model: give one with --init_from; nano starts from nothing.
 """
 import math
 import os
+import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -41,6 +43,10 @@ class Config:
     clips: int = 8192               # simulated clips in the pool, each also mirrored
     folder: str = ""                # a folder of clips (see simdata.py) to train on instead, mirrored as well
     skip_broken: bool = False       # leave broken clips of the folder out, and say so, instead of stopping
+    size: int = 64                  # pixels a side of the clips
+    frames: int = 25                # of a clip, 1 + 4k
+    fps: int = 16                   # of the clips
+    text_emb: str = ""              # captions' embeddings for a Wan DiT (data/embed_text.py); empty: made with umT5
     model: str = "nano"             # the DiT, a name in model.CONFIGS
     init_from: str = ""             # a dit.safetensors to start from (with its head1 beside it, if any)
     phys: bool = True               # with the PhysEncoder; False trains the plain DiT
@@ -59,6 +65,8 @@ class Config:
     eval_every: int = 500           # steps between samples, checkpoints and val scores
     eval_clips: int = 32            # val clips that are sampled then
     seed: int = 0                   # of weights, order, noise
+    checkpointing: bool = False     # compute activations again in the backward pass instead of keeping them
+    fsdp: bool = False              # shard weights and optimizer over the ranks (FSDP2) instead of copying them (DDP)
     compile: bool = False           # torch.compile: little gain on a CPU; takes two minutes and a C++ compiler
     resume: bool = False            # go on from out/<name>/state.safetensors
     device: str = "auto"            # auto, cuda, mps or cpu
@@ -67,40 +75,51 @@ class Config:
 FAST = dict(lr=1.2e-2, adam_lr=4e-3)               # short runs want higher rates
 PRESETS = {"nano": {}, "taste": FAST | dict(name="taste", pool="out/pool_taste", clips=1536, steps=450, eval_every=225),
            # the weak model that sample.py --guide steers away from
-           "guide": FAST | dict(name="guide", model="guide", phys=False, steps=600)}
+           "guide": FAST | dict(name="guide", model="guide", phys=False, steps=600),
+           # not trained yet: from scratch on one GPU, and published weights that data/fetch.py has put in order
+           "small": dict(name="small", model="small", pool="out/pool_small", size=128, frames=33, clips=32768,
+                         steps=20000, batch=128, lr=3e-3, adam_lr=1e-3, eval_every=2000)}
+PRESETS |= {name: dict(name=name, data=f"out/{name}_data", init_from=f"out/{name}_data/dit.safetensors",
+                       pool=f"out/pool_{name}", size=512, frames=49, fps=fps, steps=3000, lr=1e-5, adam_lr=1e-5,
+                       moving=1.0, checkpointing=True, eval_every=500) for name, fps in (("wan5b", 24), ("wan1.3b", 16))}
 SHARD = 512                                        # clips simulated and encoded at a time
 # Of the scenes. The backbone has learned those of seed 0 by heart, a little: its tokens would seem more reliable there
 # than they are on a new picture. Pairs for DPO come from seed 1.
 SEED = 2
+LONG = 1024                                        # bytes of a caption that are kept; nano reads 128 of them
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the pool: latents are made once, training then never sees a pixel but the first frame's
 
 @torch.no_grad()
-def make_pool(cfg, vae, device, rank, world):
-    """Fill cfg.pool with shards -> dict(latent (N, C, 1+k, h, w) bf16, photo (N, 3, S, S) uint8, text (N, 128))."""
+def make_pool(cfg, vae, photo, device, rank, world):
+    """Fill cfg.pool with shards -> dict(latent (N, C, 1+k, h, w) bf16, photo (N, 3, S, S) uint8, text (N, 1024) bytes).
+
+    photo: S, the pixels a side of the picture that the encoder gets."""
     common.make_dir(cfg.pool)
-    folder = simdata.Clips(cfg.folder, skip=cfg.skip_broken) if cfg.folder else None
+    form = dict(size=cfg.size, frames=cfg.frames, fps=cfg.fps, photo=photo)
+    folder = simdata.Clips(cfg.folder, skip=cfg.skip_broken, **form) if cfg.folder else None
+    larger = cfg.frames * cfg.size**2 / (25 * 64**2)                          # than nano's clips: fewer at a time
+    shard, part = max(1, int(SHARD / larger)), max(1, int(16 / larger))
     names, total = cfg.scenarios.split(","), len(folder) if folder else cfg.clips
     shards = []                                    # (path, what it holds): latents of another VAE would train as well,
-    for s in range(math.ceil(total / SHARD)):      # and then sample noise, so a shard remembers where it comes from
+    for s in range(math.ceil(total / shard)):      # and then sample noise, so a shard remembers where it comes from
         source = dict(folder=os.path.abspath(cfg.folder)) if folder else dict(scenario=names[s % len(names)], seed=SEED)
         shards.append((f"{cfg.pool}/{s:04d}.safetensors", dict(
-            vae=common.fingerprint(vae), **source, start=s * SHARD, count=min(SHARD, total - s * SHARD))))
+            vae=common.fingerprint(vae), **source, start=s * shard, count=min(shard, total - s * shard), **form)))
     missing = [shard for shard in shards[rank::world] if not os.path.exists(shard[0])]
-    for path, what in tqdm(missing, desc="pool, shards of 512", disable=rank > 0 or not missing):
+    for path, what in tqdm(missing, desc=f"pool, shards of {shard}", disable=rank > 0 or not missing):
         batch = folder.read(what["start"], what["count"]) if folder else simdata.make_batch(
-            what["scenario"], what["count"], SEED, "train", start=what["start"], truth=False, photo=simdata.PHOTO)
+            what["scenario"], what["count"], SEED, "train", start=what["start"], truth=False, **form)
         if not batch:
             raise common.InputError(f"{cfg.folder}: none of {what['count']} clips can be read: {folder.broken[-1]}")
         video = torch.cat([batch["video"], batch["video"].flip(-1)])         # a mirrored world obeys the same laws
         with common.autocast(device):
-            latent = torch.cat([vae.encode(v.to(device)).to("cpu", torch.bfloat16) for v in video.split(16)])
-        photo = torch.cat([batch["photo"], batch["photo"].flip(-1)])
-        photo = ((photo + 1) * 127.5).round().byte()
-        text = M.bytes_to_tokens(batch["caption"] * 2).short()
-        common.save_weights(path, dict(latent=latent, photo=photo, text=text), what)
+            latent = torch.cat([vae.encode(v.to(device)).to("cpu", torch.bfloat16) for v in video.split(part)])
+        still = ((torch.cat([batch["photo"], batch["photo"].flip(-1)]) + 1) * 127.5).round().byte()
+        text = M.bytes_to_tokens(batch["caption"] * 2, LONG).short()
+        common.save_weights(path, dict(latent=latent, photo=still, text=text), what)
     if folder and folder.broken:
         print(f"left out {len(folder.broken)} broken clips: " + "; ".join(folder.broken))
     if dist.is_initialized():
@@ -143,30 +162,48 @@ class StageOne(nn.Module):
         return M.flow_loss(self.dit, x0, text, latent[:, :, :1], phys, t, eps, weight)              # (B,)
 
 
+def shard(raw, device, world):
+    """FSDP2: weights, gradients and optimizer state of a StageOne lie in parts on all ranks, and those of a block come
+    together only while it runs. -> the modules that do so, to be told when to reduce gradients."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard                                   # a second to import
+    mesh = init_device_mesh(device.type, (world,))
+    parts = [*raw.dit.blocks, raw.dit, *([raw.encoder.head] if raw.encoder is not None else [])]
+    for part in parts:
+        fully_shard(part, mesh=mesh)
+    return parts
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 
 def main():
     cfg = common.parse_config(Config, sys.argv[1:], PRESETS)
     common.check_range(cfg, clips=(1, 10**8), steps=(1, 10**8), batch=(1, 10**6), accumulate=(1, 10**4), lr=(0, 1),
                        adam_lr=(0, 1), warmup=(0, 10**8), weight_decay=(0, 1), shift=(0.01, 100), moving=(0, 1000),
-                       drop_text=(0, 1), ema=(0, 1), log_every=(1, 10**8), eval_every=(1, 10**8), eval_clips=(1, 10**4))
+                       drop_text=(0, 1), ema=(0, 1), log_every=(1, 10**8), eval_every=(1, 10**8), eval_clips=(1, 10**4),
+                       size=(16, 1024), frames=(5, 1001), fps=(1, 240))
     names = common.check_names("scenarios", cfg.scenarios, simdata.SCENARIOS)
     device, rank, world = common.setup(cfg.device)
-    if M.CONFIGS.get(cfg.model, {}).get("text") != "bytes":
-        raise common.InputError(f"--model={cfg.model}: expected nano or guide; other ones come with --init_from")
+    if M.CONFIGS.get(cfg.model, {}).get("text") != "bytes" and not cfg.init_from:
+        raise common.InputError(f"--model={cfg.model}: expected nano, small or guide; other ones come with --init_from")
+    if cfg.fsdp and (world == 1 or cfg.eval_clips % (8 * world)):
+        raise common.InputError(f"--fsdp=True shards over the ranks of torchrun, here {world}; expected 2 or more, and "
+                                f"--eval_clips a multiple of {8 * world}, 8 a rank, so that all sample alike")
     if cfg.batch % (world * cfg.accumulate):
         raise common.InputError(f"--batch={cfg.batch} must be a multiple of ranks x accumulate "
                                 f"= {world * cfg.accumulate}")
     vae = load_vae(f"{cfg.data}/vae.safetensors", device=device)
+    common.check_frames(cfg), common.check_sides(cfg, ("size",), 2 * vae.stride)
     folder = common.start_run(cfg, rank, f"out/{cfg.name}")
     log, state = f"{folder}/metrics.jsonl", f"{folder}/state.safetensors"
-    pool = make_pool(cfg, vae, device, rank, world)
 
     # the networks
+    config, pixels = M.CONFIGS.get(cfg.model, {}) | {"phys": cfg.phys}, simdata.PHOTO
+    if cfg.init_from:
+        with common.open_weights(cfg.init_from) as (_, config):
+            if "num_layers" not in config:
+                raise common.InputError(f"--init_from={cfg.init_from} is not a DiT of ours; expected a dit.safetensors")
     common.seed_everything(cfg.seed)
-    config = common.read_weights(cfg.init_from)[1] if cfg.init_from else M.CONFIGS[cfg.model] | {"phys": cfg.phys}
-    if "num_layers" not in config:
-        raise common.InputError(f"--init_from={cfg.init_from} is not a DiT of ours; expected a dit.safetensors")
     dit, encoder = M.VideoDiT(config), None
     if cfg.phys:                                   # the head starts fresh; the backbone has seen depth and stays as is
         encoder = load_phys_encoder(f"{cfg.data}/backbone.safetensors", config={"out_dim": config["dim"]})
@@ -177,20 +214,37 @@ def main():
             common.load_weights(encoder.head, head)
         if cfg.phys and not config["phys"]:        # a plain model learns to listen to the encoder
             M.add_phys(dit)
+    dit.checkpointing = cfg.checkpointing
+
+    if encoder is not None:
+        pixels = encoder.config["input_size"]
+    pool = make_pool(cfg, vae, pixels, device, rank, world)
+    text = None                                    # bytes, or what an outside text encoder says, computed once
+    if config["text"] == "features":
+        val = [simdata.make_scene(names[i // 8 % len(names)], 8, 0, "val", start=i)[0]
+               for i in range(0, cfg.eval_clips, 8)]
+        captions = M.tokens_to_strings(pool["text"]) + [c for scene in val for c in simdata.captions(scene)]
+        text = sample.text_features(cfg.text_emb or f"{cfg.data}/captions.safetensors", captions, config["text_dim"],
+                                    cfg.data, device)
+
     visible = visibility(vae, pool["latent"][:16].to(device))
-    raw = StageOne(dit, encoder, visible, cfg.moving).to(device)
+    raw = StageOne(dit, encoder, visible, cfg.moving)
+    shards = shard(raw, device, world) if cfg.fsdp else []
+    raw.to(device)
     if cfg.compile:
         raw.compile()                              # in place: names stay; dit.forward itself, which samples, is eager
-    model = DistributedDataParallel(raw) if world > 1 else raw
+    model = DistributedDataParallel(raw) if world > 1 and not cfg.fsdp else raw
     ema = M.EMA(raw, cfg.ema)
     trained = {k: p for k, p in raw.named_parameters() if p.requires_grad}
-    # Muon for the matrices inside the blocks, AdamW for what enters, leaves, shifts and scales
-    inner = {k for k, p in trained.items() if ".blocks." in k and p.ndim == 2}
+    # Muon for the matrices inside the blocks, AdamW for what enters, leaves, shifts and scales, and for all shards: Muon
+    # would need whole matrices
+    inner = {k for k, p in trained.items() if ".blocks." in k and p.ndim == 2 and not cfg.fsdp}
     rest = [p for k, p in trained.items() if k not in inner]
-    optimizers = [common.Muon([trained[k] for k in sorted(inner)], cfg.lr, cfg.weight_decay),
-                  torch.optim.AdamW([dict(params=[p for p in rest if p.ndim > 1], weight_decay=cfg.weight_decay),
-                                     dict(params=[p for p in rest if p.ndim < 2], weight_decay=0.0)],
-                                    lr=cfg.adam_lr, betas=(0.9, 0.98))]
+    adam = torch.optim.AdamW([dict(params=[p for p in rest if p.ndim > 1], weight_decay=cfg.weight_decay),
+                              dict(params=[p for p in rest if p.ndim < 2], weight_decay=0.0)], betas=(0.9, 0.98))
+    optimizers = {adam: cfg.adam_lr}               # with their peak learning rates
+    if inner:
+        optimizers = {common.Muon([trained[k] for k in sorted(inner)], cfg.lr, cfg.weight_decay): cfg.lr} | optimizers
     parts = {"model": trained, "ema": ema.shadow}
     first = common.load_state(state, parts, *optimizers) if cfg.resume else 0
     if rank == 0:
@@ -201,16 +255,17 @@ def main():
     def look(step):
         """Sample val clips with the averaged weights, every rank its share. -> mean traj_l2; a sheet in the folder."""
         scores, shown = [], []
+        raw.eval()
         with ema.applied(raw):
-            models = sample.Models(vae, encoder.eval() if encoder is not None else None, dit.eval())
             for start in range(rank * 8, cfg.eval_clips, world * 8):
                 count = min(8, cfg.eval_clips - start)
                 scenario = names[start // 8 % len(names)]
-                batch = simdata.make_batch(scenario, count, 0, "val", start=start, photo=simdata.PHOTO)
+                batch = simdata.make_batch(scenario, count, 0, "val", cfg.frames, cfg.size, cfg.fps, start=start,
+                                           photo=pixels)
                 video = sample.generate(models, batch["video"][:, :, 0].to(device), batch["caption"],
-                                        [("val", start + i) for i in range(count)],
+                                        [("val", start + i) for i in range(count)], cfg.frames,
                                         photo=batch["photo"].to(device)).cpu()
-                scores.append(judge.measure(video, batch, detail=False)["traj_l2"])
+                scores.append(judge.measure(video, batch, cfg.fps, detail=False)["traj_l2"])
                 shown += [common.to_uint8(v) for pair in zip(batch["video"], video) for v in pair]
         raw.train()
         total = common.average(torch.tensor([sum(s.nansum().item() for s in scores),
@@ -220,30 +275,35 @@ def main():
         return (total[0] / total[1]).item()
 
     # training
+    models = sample.Models(vae, encoder, dit, text=text)
     stop, began, bins, done = common.Stop(), time.time(), torch.zeros(2, 4), first
     bar = tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, disable=rank > 0)
     micro = cfg.batch // world // cfg.accumulate
     for step in bar:
         # warm up, then a cosine to 2 %: a function of the step alone, so that a resumed run takes the same path
         scale = min((step + 1) / (cfg.warmup + 1), 0.02 + 0.49 * (1 + math.cos(math.pi * step / cfg.steps)))
-        for optimizer, peak in zip(optimizers, (cfg.lr, cfg.adam_lr)):
+        for optimizer, peak in optimizers.items():
             for group in optimizer.param_groups:
                 group["lr"] = peak * scale
-        index, text, t, eps = get_batch(cfg, pool, step)
+        index, words, t, eps = get_batch(cfg, pool, step)
         raw.zero_grad(set_to_none=True)
         for i in range(cfg.accumulate):
             mine = slice((rank * cfg.accumulate + i) * micro, (rank * cfg.accumulate + i + 1) * micro)
             take = lambda x: x[mine].to(device)
-            if world > 1:                          # before the forward: DDP decides there whether to reduce
-                model.require_backward_grad_sync = i == cfg.accumulate - 1
+            last = i == cfg.accumulate - 1         # before the forward: DDP decides there whether to reduce
+            for part in shards:
+                part.set_requires_gradient_sync(last)
+            if model is not raw:
+                model.require_backward_grad_sync = last
             latent = pool["latent"][index[mine]].to(device).float()
             photo = pool["photo"][index[mine]].to(device).float() / 127.5 - 1
+            said = models.read(M.tokens_to_strings(words[mine])) if text else words[mine, :M.BYTES]
             with common.autocast(device):
-                loss = model(latent, photo, take(text), take(t), take(eps))                         # (micro,)
+                loss = model(latent, photo, said.to(device), take(t), take(eps))                    # (micro,)
             (loss.mean() / cfg.accumulate).backward()
             # the average over all t hides what matters: see which part of the path is being learned
             bins.index_add_(1, (t[mine] * 4).long().clamp_max(3), torch.stack([loss.detach().cpu(), torch.ones(micro)]))
-        norm = nn.utils.clip_grad_norm_(trained.values(), 1.0)
+        norm = common.whole(nn.utils.clip_grad_norm_(trained.values(), 1.0))
         for optimizer in optimizers:
             optimizer.step()
         ema.update(raw, step)
@@ -261,8 +321,7 @@ def main():
             bins.zero_()
         ending = stop.agreed(device)
         if done % cfg.eval_every == 0 or done == cfg.steps or ending:
-            if rank == 0:
-                common.save_state(state, done, parts, *optimizers)
+            common.save_state(state, done, parts, *optimizers)
         if done % cfg.eval_every == 0 or done == cfg.steps:
             score = look(done)
             if rank == 0:
@@ -271,12 +330,19 @@ def main():
         if ending:
             break
 
-    if rank == 0 and done == cfg.steps:
+    if done == cfg.steps:
         ema.copy_to(raw)
-        common.save_weights(f"{folder}/dit.safetensors", dit, dit.config, torch.bfloat16)
-        if cfg.phys:
-            common.save_weights(f"{folder}/head1.safetensors", encoder.head, encoder.config, torch.bfloat16)
-        print(f"wrote {folder}/dit.safetensors" + (f" and {folder}/head1.safetensors" if cfg.phys else ""))
+        files = {"dit": (dit, dit.config)} | ({"head1": (encoder.head, encoder.config)} if cfg.phys else {})
+        for name, (module, config) in files.items():
+            tensors = {k: common.whole(v) for k, v in module.state_dict().items()}
+            if rank == 0:
+                common.save_weights(f"{folder}/{name}.safetensors", tensors, config, torch.bfloat16)
+        if rank == 0:
+            for name in ("vae", "backbone"):       # the folder can be --data from now on
+                if os.path.exists(f"{cfg.data}/{name}.safetensors"):
+                    with common.atomic(f"{folder}/{name}.safetensors") as tmp:
+                        shutil.copy(f"{cfg.data}/{name}.safetensors", tmp)
+            print(f"wrote {' and '.join(f'{folder}/{name}.safetensors' for name in files)}")
     elif rank == 0:
         print(f"stopped after {done} steps; go on with --resume=True")
     if dist.is_initialized():

@@ -1125,9 +1125,10 @@ class Clips:
     truth must fit as it is.
     Raises InputError for a folder without clips and for a broken clip; with skip=True such clips are left out and
     listed, with the reason, in `broken`."""
-    def __init__(self, folder, size=64, frames=25, fps=16, skip=False):
+    def __init__(self, folder, size=64, frames=25, fps=16, skip=False, photo=PHOTO):
         import common
-        self.folder, self.size, self.frames, self.fps, self.skip, self.broken = folder, size, frames, fps, skip, []
+        self.folder, self.size, self.frames, self.fps, self.photo = folder, size, frames, fps, photo
+        self.skip, self.broken = skip, []
         if os.path.exists(index := f"{folder}/clips.jsonl"):
             self.lines = common.read_lines(index)
         elif os.path.isdir(folder):
@@ -1181,9 +1182,9 @@ class Clips:
             if at[-1] >= len(raw):
                 raise ValueError(f"{len(raw)} frames at {fps} fps; expected {self.frames} at {self.fps} or longer")
             raw = raw[at]
-        photo = common.to_float(common.fit(raw[:1], PHOTO))[:, 0]
+        photo = common.to_float(common.fit(raw[:1], self.photo))[:, 0]
         if os.path.exists(f"{path}.png"):
-            photo, _ = common.read_image(f"{path}.png", PHOTO)
+            photo, _ = common.read_image(f"{path}.png", self.photo)
         return clip | dict(video=common.to_float(common.fit(raw, self.size)), photo=photo,
                            caption=str(line.get("caption", "")))
 

@@ -1320,7 +1320,7 @@ def test_sft_resumes_to_the_bit_and_two_ranks_equal_one(tmp_path):
 
 
 def test_gradients_of_two_ranks_equal_one(tmp_path):
-    """The same, at full precision: DDP's averaged gradients against the double batch on one rank."""
+    """The same, at full precision: gradients averaged by DDP, and by FSDP2, against the double batch on one rank."""
     script = tmp_path / "ranks.py"
     script.write_text(f"""
 import sys; sys.path.insert(0, {HERE!r})
@@ -1337,20 +1337,26 @@ C = M.CONFIGS["nano"]["in_dim"]
 batch = (torch.randn(4, C, 7, 8, 8, generator=g), torch.rand(4, 3, 64, 64, generator=g),
          M.bytes_to_tokens(["a", "b", "c", "d"]), torch.rand(4, generator=g), torch.randn(4, C, 6, 8, 8, generator=g))
 n = 4 // world
-run = DistributedDataParallel(net) if world > 1 else net
+how = sys.argv[1]
+run = DistributedDataParallel(net) if how == "ddp" else net
+if how == "fsdp":
+    sft.shard(net, device, world)
+    assert sum(p.to_local().numel() for p in net.dit.parameters()) < 0.6 * sum(p.numel() for p in net.dit.parameters())
 run(*(x[rank * n:(rank + 1) * n] for x in batch)).mean().backward()
+grads = {{k: common.whole(p.grad) for k, p in net.named_parameters() if p.grad is not None}}
 if rank == 0:
-    common.save_weights(f"grad{{world}}.safetensors",
-                        {{k: p.grad for k, p in net.named_parameters() if p.grad is not None}}, {{}})
+    common.save_weights(f"{{how}}.safetensors", grads, {{}})
 if world > 1:                                      # a rank that just ends can be aborted by gloo's own threads
     torch.distributed.destroy_process_group()
 """)
-    for world in (1, 2):
-        two_ranks(str(script), cwd=tmp_path, ranks=world)
-    one, two = read_all(tmp_path / "grad1.safetensors"), read_all(tmp_path / "grad2.safetensors")
-    assert one.keys() == two.keys() and any("head.proj" in k for k in one)
-    for k in one:
-        assert (one[k] - two[k]).abs().max() <= 1e-5 * max(one[k].abs().max().item(), 1e-3), k
+    for how in ("one", "ddp", "fsdp"):
+        two_ranks(str(script), how, cwd=tmp_path, ranks=1 if how == "one" else 2)
+    one = read_all(tmp_path / "one.safetensors")
+    for how in ("ddp", "fsdp"):
+        two = read_all(tmp_path / f"{how}.safetensors")
+        assert one.keys() == two.keys() and any("head.proj" in k for k in one)
+        for k in one:
+            assert (one[k] - two[k]).abs().max() <= 1e-5 * max(one[k].abs().max().item(), 1e-3), (how, k)
 
 
 def test_dpo_runs_and_resumes(tmp_path):

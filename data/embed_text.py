@@ -6,7 +6,10 @@ version of any Wan model, or its name on the Hub.
     python data/embed_text.py --prompt="a red ball falls onto a wooden floor" --out=prompt.safetensors
     python data/embed_text.py --encoder=Wan2.2-TI2V-5B-Diffusers --prompt="..." --negative="blurry, static"
 
-The file holds text and negative, (length, 4096) each, without padding: the DiT pads with zeros, as Wan was trained.
+    python data/embed_text.py --captions=CLIPS/clips.jsonl --out=captions.safetensors     # to train with --text_emb
+
+The first two files hold text and negative, (length, 4096) each, without padding: the DiT pads with zeros, as Wan was
+trained. The last holds one such tensor a caption, and the captions; more are added to a file that is there.
 """
 import os
 import sys
@@ -25,8 +28,9 @@ HUB = "Wan-AI/Wan2.2-TI2V-5B-Diffusers"
 @dataclass
 class Config:
     prompt: str = ""                # what shall happen
+    captions: str = ""              # or many: a clips.jsonl (see simdata.py), or a text file with a caption a line
     negative: str = ""              # what shall not
-    encoder: str = HUB              # a folder with text_encoder/ and tokenizer/, or a name on the Hub
+    encoder: str = ""               # a folder with text_encoder/ and tokenizer/, or a name on the Hub; empty: Wan2.2-TI2V-5B's
     out: str = "prompt.safetensors"  # the file to write
     length: int = 512               # tokens at most; longer prompts are cut
     device: str = "auto"            # auto, cuda, mps or cpu
@@ -36,12 +40,16 @@ class Config:
 def embed(prompts, encoder, length=512, device="cpu"):
     """Strings -> a list of features (L_i, width), float32 on the CPU, L_i <= length with the end token.
 
+    encoder: a folder with text_encoder/ and tokenizer/, or a name on the Hub; "" or a folder of weights without them
+    is HUB.
     Raises InputError without transformers, or without an encoder and its tokenizer at that place."""
     try:
         from transformers import AutoTokenizer, UMT5EncoderModel
     except ImportError:
         raise InputError("a prompt for Wan needs umT5, and that the package transformers: pip install transformers; or "
                          "--text_emb=FILE, embeddings that data/embed_text.py made elsewhere") from None
+    bare = os.path.isdir(encoder) and not os.path.isdir(f"{encoder}/text_encoder")
+    encoder = HUB if bare or not encoder else encoder
     try:
         tokenizer = AutoTokenizer.from_pretrained(encoder, subfolder="tokenizer")
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -56,13 +64,45 @@ def embed(prompts, encoder, length=512, device="cpu"):
     return out
 
 
+def read_captions(path, width):
+    """A file of captions' features -> {caption: (L, width)}. Raises InputError if it is another kind of file."""
+    tensors, config = common.read_weights(path)
+    known = {caption: tensors.get(f"caption{i}") for i, caption in enumerate(config.get("captions", []))}
+    if not known or any(v is None or v.dim() != 2 or v.shape[1] != width for v in known.values()):
+        raise InputError(f"{path} holds no features of captions, (length, {width}) each; make it with python "
+                         "data/embed_text.py --captions=clips.jsonl")
+    return known
+
+
+def write_captions(path, captions, encoder, device, known={}, length=512):
+    """Embed captions and write them to the file, after those that are `known`. -> {caption: (L, width) bf16}."""
+    found = dict(zip(captions, (x.bfloat16() for x in embed(captions, encoder, length, device))))
+    both = known | found
+    common.save_weights(path, {f"caption{i}": v for i, v in enumerate(both.values())}, dict(captions=list(both)))
+    return found
+
+
 def main():
     cfg = common.parse_config(Config, sys.argv[1:])
     common.check_range(cfg, length=(1, 512))
-    if not cfg.prompt:
-        raise InputError('--prompt is missing; for example --prompt="a red ball falls"')
+    if bool(cfg.prompt) == bool(cfg.captions):
+        raise InputError('expected a prompt or a file of captions; for example --prompt="a red ball falls"')
     common.check_writable(cfg.out)
     device, _, _ = common.setup(cfg.device)
+    if cfg.captions:
+        if not os.path.isfile(cfg.captions):
+            raise InputError(f"--captions={cfg.captions}: no such file; expected a clips.jsonl or a text file")
+        if cfg.captions.endswith(".jsonl"):
+            captions = {str(line.get("caption", "")) for line in common.read_lines(cfg.captions)}
+        else:
+            with open(cfg.captions, encoding="utf-8", errors="replace") as f:
+                captions = {line.strip() for line in f}
+        known = read_captions(cfg.out, 4096) if os.path.exists(cfg.out) else {}
+        captions = sorted({"", *captions} - known.keys())
+        if captions:
+            write_captions(cfg.out, captions, cfg.encoder, device, known, cfg.length)
+        print(f"wrote {cfg.out}: {len(known) + len(captions)} captions")
+        return
     text, negative = embed([cfg.prompt, cfg.negative], cfg.encoder, cfg.length, device)
     common.save_weights(cfg.out, dict(text=text, negative=negative), dict(prompt=cfg.prompt, negative=cfg.negative))
     print(f"wrote {cfg.out}: text {tuple(text.shape)}, negative {tuple(negative.shape)}")
