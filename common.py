@@ -172,13 +172,17 @@ def free_memory(device):
 
 
 def precision(device):
-    """The one precision policy: bf16 where the device is fast at it (CUDA, CPUs with AVX512-BF16 or AMX), else fp32."""
-    fast = device.type == "cuda" or device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    """The one precision policy: bf16 where the device is fast at it (CUDA, CPUs with AMX, AMD's with AVX512-BF16), else
+    fp32. Intel's AVX512-BF16 without AMX loses to its own fp32: a Stage I step took 1.9 to 2.7 s against 1.5."""
+    if device.type != "cpu":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    intel = "Intel" in getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", "")
+    fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported() and not intel
     return torch.bfloat16 if fast else torch.float32
 
 
 def autocast(device):
-    fast = precision(device) != torch.float32
+    fast = precision(device) == torch.bfloat16
     return torch.autocast(device.type, torch.bfloat16) if fast else contextlib.nullcontext()
 
 

@@ -100,11 +100,12 @@ class Policy(nn.Module):
         super().__init__()
         self.dit, self.head, self.visible = dit, head, visible
 
-    def forward(self, features, patch_grid, first, clips, text, t, eps):
-        """features: the frozen backbone's; first (B, C, 1, h, w); clips: [winner, loser], or one of them, all of them
-        (B, C, k, h, w), in one forward, so that rounding is theirs alike -> an error (B,) for each."""
+    def forward(self, seen, first, clips, text, t, eps):
+        """seen: PhysEncoder.features of the photo; first (B, C, 1, h, w); clips: [winner, loser], or one of them, all of
+        them (B, C, k, h, w), in one forward, so that rounding is theirs alike -> an error (B,) for each."""
         many = lambda x: torch.cat([x] * len(clips))
-        phys = None if self.head is None else many(self.head(features, patch_grid, [n // 2 for n in first.shape[3:]]))
+        grid, frames = [n // 2 for n in first.shape[3:]], clips[0].shape[2]
+        phys = None if self.head is None else many(self.head(*seen, grid, frames))
         error = M.flow_loss(self.dit, torch.cat(clips), many(text), many(first), phys, many(t), many(eps), self.visible)
         return error.chunk(len(clips))
 
@@ -171,7 +172,8 @@ def make_pairs(cfg, models, device, rank, world):
         latents, scores = [], []
         with common.autocast(device):
             first = models.vae.encode(batch["video"][:, :, :1].to(device))
-            phys = models.encoder(photo.to(device), [n // 2 for n in first.shape[3:]]) if models.encoder else None
+            grid = [n // 2 for n in first.shape[3:]]
+            phys = models.encoder(photo.to(device), grid, (cfg.frames - 1) // 4) if models.encoder else None
             for k in range(cfg.candidates):
                 x0 = sample.generate_latent(models, first, text.to(device), phys,
                                             [("pairs", seed, start + i, k) for i in range(count)], cfg.frames,
@@ -293,9 +295,9 @@ def train(cfg, stage, models, pairs, folder, stop, device, rank, world):
         row = {k: v[index[mine]].to(device) for k, v in pairs.items()}
         photo = row["photo"].float() / 127.5 - 1
         with common.autocast(device):
-            features = encoder.features(photo) if encoder is not None else (None, None)
+            seen = encoder.features(photo) if encoder is not None else None
             said = models.read(M.tokens_to_strings(row["text"])) if models.text else row["text"][:, :M.BYTES].long()
-            errors = lambda net, *clips: net(*features, row["first"].float(), clips, said.to(device),
+            errors = lambda net, *clips: net(seen, row["first"].float(), clips, said.to(device),
                                              t[mine].to(device), eps[mine].to(device))
             pair = row["winner"].float(), row["loser"].float()
             with torch.no_grad():                  # the same module, the same precision, the tensors of step 0

@@ -4,10 +4,12 @@ trainable "physical head" (the trunk of Depth Anything's DPT) turns its features
 
     python encoder.py                     # pretrain the nano backbone on the simulator's truth, two CPU cores
     python encoder.py --resume=True       # go on after a stop, bit-exactly
+    python encoder.py --backbone=out/wan5b_data/backbone.safetensors --scenes=6000   # only fit a readout to another one
     torchrun --nproc_per_node=8 encoder.py --batch=256 --steps=20000 --scenes=100000
 
-writes out/encoder/backbone.safetensors (config inside), depth_head.safetensors, metrics.jsonl and val.png: pictures of
-validation scenes with true and foretold paths, depth and normals. To use the encoder alone, in somebody's pipeline:
+writes out/encoder/backbone.safetensors (config inside), readout.safetensors, depth_head.safetensors, metrics.jsonl and
+val.png: pictures of validation scenes with true and foretold paths, depth and normals. To use the encoder alone, in
+somebody's pipeline:
 
     small = CONFIGS["depth_anything_v2_vits"]
     encoder = load_phys_encoder("depth_anything_v2_vits.pth", config=small | {"out_dim": 768})
@@ -46,6 +48,7 @@ CONFIGS = {
     "dinov2_vitl14": dict(image_size=518, input_size=518, patch_size=14, dim=1024, depth=24, heads=16, registers=0,
                           layers=[4, 11, 17, 23], features=256, out_channels=[256, 512, 1024, 1024]),
 }
+FUTURE = 24                                        # frames at 16 fps whose positions are foretold, 1.5 s
 CONFIGS |= {f"{name}_reg4": config | {"registers": 4} for name, config in CONFIGS.items()}
 CONFIGS |= {f"depth_anything_v2_vit{s}": CONFIGS[f"dinov2_vit{s}14"] for s in "sbl"}
 
@@ -249,10 +252,15 @@ class DepthHead(DPT):
 
 
 class PhysicalHead(DPT):
-    """forward(features, patch_grid, grid) -> physical tokens (B, grid[0] * grid[1], config["out_dim"]).
+    """forward(features, patch_grid, told, grid, frames=0) -> physical tokens (B, P, config["out_dim"]), P = grid[0] *
+    grid[1], and where the config says foretell, as many again for each of so many latent frames to come.
 
     A token is made of the trunk's map, averaged over its part of the picture, and of the last layer's 2 x 2 patches
-    there: what the backbone knows of a body need not fit into a few channels, averaged with the background."""
+    there: what the backbone knows of a body need not fit into a few channels, averaged with the background. Those of
+    later frames are made of what the readout foretells: each cell of a body moves along its body's path, and takes
+    along what it is and how far from the token's middle the body's centre will be."""
+    WHAT = 24                                      # numbers that a cell takes along
+
     def __init__(self, config):
         super().__init__(config)
         # The tokens join the DiT's own patch tokens. Much larger ones would take the attention over before they mean
@@ -262,13 +270,63 @@ class PhysicalHead(DPT):
         self.proj = nn.Linear(width, config["out_dim"])
         nn.init.normal_(self.proj.weight, std=0.5 / math.sqrt(width))
         nn.init.zeros_(self.proj.bias)
+        self.foretell = config.get("foretell", False)
+        if self.foretell:
+            self.what, self.join = nn.Linear(config["dim"], 4 * self.WHAT), nn.Linear(9 * self.WHAT, config["out_dim"])
+            for linear, std in ((self.what, 1.0), (self.join, 0.5)):
+                nn.init.normal_(linear.weight, std=std / math.sqrt(linear.in_features))
+                nn.init.zeros_(linear.bias)
 
-    def forward(self, features, patch_grid, grid):
+    def forward(self, features, patch_grid, told, grid, frames=0):
         x = F.adaptive_avg_pool2d(self.trunk(features, patch_grid), grid)              # (B, features, *grid)
         last = features[-1].mT.unflatten(2, patch_grid)                                # (B, D, *patch_grid)
         last = F.pixel_unshuffle(F.adaptive_avg_pool2d(last, [2 * n for n in grid]), 2)              # (B, 4 D, *grid)
         x = torch.cat([x, last.to(x.dtype)], 1)
-        return self.proj(self.norm(x.flatten(2).mT))
+        tokens = self.proj(self.norm(x.flatten(2).mT))
+        if not self.foretell or not frames:
+            return tokens
+        what = self.what(features[-1]).unflatten(-1, (4, -1)).flatten(1, 2).float()    # (B, cells, WHAT)
+        weight, middle = carried(*told, grid, frames)
+        terms = torch.cat([weight[..., None], weight[..., None] * middle], -1)         # (B, cells, frames, P, 9)
+        # a body's own numbers times where it is: two bodies in one token do not exchange their places
+        x = what.mT @ terms.flatten(2) / (1 + weight.sum(1)).repeat_interleave(9, -1).flatten(1)[:, None]
+        x = x.unflatten(2, (-1, 9)).transpose(1, 2).flatten(2)                         # (B, frames P, 9 WHAT)
+        return torch.cat([tokens, self.join(x).to(tokens.dtype)], 1)
+
+
+class Readout(nn.Linear):
+    """Linear answers for each of 2 x 2 cells a patch, from the last patch tokens: is there a body, where is its centre,
+    and how far will it have moved in each of FUTURE frames? Fitted by least squares (fit_readout), then frozen.
+
+    forward(tokens (B, L, D), patch_grid) -> occupied (B, 4 L) in [0, 1]; now, later (B, 4 L, FUTURE, 2): where the cell
+    itself and its body's centre will be, x and y in [-1, 1]."""
+    def __init__(self, dim):
+        super().__init__(dim, 4 * (3 + 2 * FUTURE))
+
+    def forward(self, tokens, patch_grid):
+        gh, gw = patch_grid
+        with torch.autocast(tokens.device.type, enabled=False):
+            said = super().forward(tokens.float()).unflatten(-1, (4, -1)).flatten(1, 2)              # (B, 4 L, known)
+        occupied, center, path = said.split([1, 2, 2 * FUTURE], -1)
+        y, x = ((torch.arange(2 * n, device=tokens.device) + 0.5) / n - 1 for n in (gh, gw))
+        cell = torch.stack([x.expand(2 * gh, -1), y[:, None].expand(-1, 2 * gw)])                    # (2, 2 gh, 2 gw)
+        cell = F.pixel_unshuffle(cell, 2).unflatten(0, (2, 4)).permute(2, 3, 1, 0).reshape(1, -1, 1, 2)
+        path = path.unflatten(-1, (FUTURE, 2))
+        return occupied[..., 0].sigmoid(), cell + path, center[:, :, None] + path
+
+
+def carried(occupied, cell, center, grid, frames, stride=4):
+    """Where the cells of Readout's answers will be among the tokens -> weight (B, cells, frames, P): how much of a cell
+    is in a token, averaged over the `stride` frames of a latent frame; middle (B, cells, frames, P, 8): from the token's
+    middle to the body's centre in each of them, in tokens. What lies beyond FUTURE is taken to rest."""
+    when = torch.arange(stride * frames, device=cell.device).clamp_max(FUTURE - 1)
+    size = torch.tensor([2 / grid[1], 2 / grid[0]], device=cell.device)
+    y, x = ((torch.arange(n, device=cell.device) + 0.5) * 2 / n - 1 for n in grid)
+    token = torch.stack([x.repeat(len(y)), y.repeat_interleave(len(x))], -1)                         # (P, 2)
+    weight = (1 - ((cell[:, :, when, None] - token) / size).abs()).clamp_min(0).prod(-1)             # a tent, 2 wide
+    weight = weight.unflatten(2, (frames, stride)).mean(3) * occupied[..., None, None]
+    middle = ((center[:, :, when, None] - token) / size).clamp(-2, 2)                                # (B, cells, T, P, 2)
+    return weight, middle.unflatten(2, (frames, stride)).transpose(3, 4).flatten(4)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -307,14 +365,17 @@ class DepthAnything(nn.Module):
 
 
 class PhysEncoder(nn.Module):
-    """Frozen DINOv2 (`backbone`) + trainable physical head (`head`). config: an entry of CONFIGS and `out_dim`.
+    """Frozen DINOv2 (`backbone`) + trainable physical head (`head`). config: an entry of CONFIGS and `out_dim`; with
+    foretell=True there is a frozen `readout`, too, and tokens for the frames to come.
 
-    forward(image (B, 3, H, W) in [-1, 1] of any size, grid=(gh, gw)) -> (B, gh * gw, out_dim), row by row.
+    forward(image (B, 3, H, W) in [-1, 1] of any size, grid=(gh, gw), frames=0) -> (B, gh * gw, out_dim), row by row,
+    and if it foretells (B, (1 + frames) * gh * gw, out_dim), for so many latent frames of 1/4 s.
     `features` and `head` can be called apart, for instance to run one backbone pass for a policy and its reference."""
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.backbone = DINOv2(config).eval().requires_grad_(False)
+        self.readout = Readout(config["dim"]).requires_grad_(False) if config.get("foretell") else None
         self.head = PhysicalHead(config)
 
     def train(self, mode=True):
@@ -324,12 +385,13 @@ class PhysEncoder(nn.Module):
 
     @torch.no_grad()
     def features(self, image):
-        """-> (4 x (B, h * w, D), the patch grid (h, w)): the arguments of `head` before `grid`."""
+        """-> (4 x (B, h * w, D), the patch grid (h, w), the readout's answers): the arguments of `head` before `grid`."""
         image = resize(image, self.config["input_size"], self.backbone.patch)
-        return self.backbone(image)[0], [n // self.backbone.patch for n in image.shape[-2:]]
+        features, patch_grid = self.backbone(image)[0], [n // self.backbone.patch for n in image.shape[-2:]]
+        return features, patch_grid, self.readout(features[-1], patch_grid) if self.readout is not None else None
 
-    def forward(self, image, grid):
-        return self.head(*self.features(image), grid)
+    def forward(self, image, grid, frames=0):
+        return self.head(*self.features(image), grid, frames)
 
 
 def load_phys_encoder(backbone_path, head_path=None, config=None):
@@ -345,6 +407,8 @@ def load_phys_encoder(backbone_path, head_path=None, config=None):
                          '{"out_dim": width of the DiT}')
     encoder = PhysEncoder(merged)
     common.load_weights(encoder.backbone, backbone_path)
+    if encoder.readout is not None:                # fitted to this backbone, so it lies beside it
+        common.load_weights(encoder.readout, os.path.join(os.path.dirname(backbone_path), "readout.safetensors"))
     if head_path:
         common.load_weights(encoder.head, head_path)
     return encoder
@@ -357,6 +421,7 @@ def load_phys_encoder(backbone_path, head_path=None, config=None):
 class Config:
     name: str = "encoder"           # the run's folder under out/
     out: str = ""                   # where the backbone's weights go; empty: out/<name>/backbone.safetensors
+    backbone: str = ""              # fit a readout to this backbone and train nothing
     model: str = "nano"             # a name in CONFIGS; trained from scratch
     scenarios: str = "drop"         # names in simdata.SCENARIOS, separated by commas; they take turns
     scenes: int = 36000             # training images, one per scene, spread evenly over the scenarios
@@ -379,7 +444,6 @@ class Config:
 
 
 PRESETS = {"nano": {}}
-FUTURE = 24                                        # frames whose positions are foretold, 1.5 s
 STATE = 17                                         # numbers before them, see bodies
 MIRROR = torch.ones(STATE + 2 * FUTURE)            # what changes sign in a mirror: u, the moments xy and xz, du
 MIRROR[[0, 5, 6]], MIRROR[STATE::2] = -1, -1
@@ -467,6 +531,42 @@ class Pretraining(nn.Module):
 def cells(mask, patches):
     """Which body a cell belongs to: mask (B, H, W), 0 nobody, -> (B, 2 * patches, 2 * patches) long."""
     return F.adaptive_max_pool2d(mask[:, None].float(), 2 * patches)[:, 0].long()
+
+
+@torch.no_grad()
+def fit_readout(backbone, scenes, device, most=6000):
+    """The best Readout of a frozen backbone on scenes of `render`, in closed form: seconds, for any backbone.
+
+    Least squares for where bodies are and go, reweighted by 1 / (the path's error + 0.02) so that a median is fitted,
+    as the backbone was trained for; Newton's method for whether there is a body (logistic regression)."""
+    tokens = []
+    for image in scenes["image"][:most].split(64):
+        with common.autocast(device):
+            tokens.append(backbone(image.to(device).float() / 127.5 - 1)[0][-1].float().cpu())
+    x = torch.cat(tokens)                                                              # (N, L, D)
+    x = torch.cat([x, torch.ones_like(x[..., :1])], -1)
+    owner = cells(scenes["mask"][:most], math.isqrt(x.shape[1]))
+    owner = F.pixel_unshuffle(owner[:, None].float(), 2).flatten(2).mT.long()          # (N, L, 4)
+    small = 1e-3 * torch.eye(x.shape[2], dtype=torch.double)
+    weight = torch.zeros(4, 3 + 2 * FUTURE, x.shape[2])
+    for j in range(4):
+        n, l = (owner[..., j] > 0).nonzero().unbind(1)
+        a, body = x[n, l].double(), scenes["body"][n, owner[n, l, j] - 1].double()
+        want, w = torch.cat([body[:, :2], body[:, STATE:]], 1), torch.ones(len(a), 1)
+        for _ in range(4):
+            fit = torch.linalg.solve(a.T @ (w * a) + small, a.T @ (w * want))          # (D + 1, 2 + 2 FUTURE)
+            off = (a @ fit - want)[:, 2:].unflatten(1, (FUTURE, 2)).norm(dim=2).mean(1, keepdim=True)
+            w = 1 / (off + 0.02)
+        a, there, logit = x.flatten(0, 1).double(), (owner[..., j] > 0).flatten().double(), 0
+        for _ in range(12):
+            p = (a @ logit).sigmoid() if torch.is_tensor(logit) else torch.full_like(there, 0.5)
+            step = torch.linalg.solve((a.T * (p * (1 - p) + 1e-6)) @ a + small, a.T @ (there - p))
+            logit = logit + step
+        weight[j] = torch.cat([logit[None], fit.T]).float()
+    readout = Readout(x.shape[2] - 1).to(device)
+    readout.weight.copy_(weight.flatten(0, 1)[:, :-1])
+    readout.bias.copy_(weight.flatten(0, 1)[:, -1])
+    return readout
 
 
 def ssi_loss(pred, depth, weight):
@@ -564,21 +664,42 @@ def main():
     common.check_names("scenarios", cfg.scenarios, simdata.SCENARIOS)
     if cfg.model not in CONFIGS:
         raise InputError(f"--model={cfg.model} is unknown; there are: {', '.join(CONFIGS)}")
-    config = CONFIGS[cfg.model]
+    config = load_phys_encoder(cfg.backbone, config={"out_dim": 1}).config if cfg.backbone else CONFIGS[cfg.model]
     photo, patches = config["input_size"], config["input_size"] // config["patch_size"]
     if cfg.size % (2 * patches):
         raise InputError(f"--size={cfg.size}: expected a multiple of {2 * patches}, twice the patches of {cfg.model}")
     device, rank, world = common.setup(cfg.device)
     if cfg.batch % world:
         raise InputError(f"--batch={cfg.batch} is no multiple of the {world} ranks")
-    if cfg.out:
-        common.check_writable(cfg.out)
     folder = common.start_run(cfg, rank, f"out/{cfg.name}")
+    out = cfg.backbone or cfg.out or f"{folder}/backbone.safetensors"
+    common.check_writable(out)
     state, log = f"{folder}/state.safetensors", f"{folder}/metrics.jsonl"
     what = dict(rank=rank, resume=cfg.resume, scenarios=cfg.scenarios, seed=cfg.seed, size=cfg.size, photo=photo)
     train = cached(f"{folder}/train.safetensors", scenes=cfg.scenes, split="train", **what)
     val = cached(f"{folder}/val.safetensors", scenes=cfg.val_scenes, split="val", **what)
 
+    @torch.no_grad()
+    def save_readout():
+        """Fit a Readout to the backbone as it is on disk; it goes beside it."""
+        backbone = load_phys_encoder(out, config={"out_dim": 1}).backbone.to(device)
+        readout, path = fit_readout(backbone, train, device), f"{os.path.dirname(out) or '.'}/readout.safetensors"
+        grid, error = [photo // config["patch_size"]] * 2, []
+        for image, mask, body in zip(*(val[k].split(64) for k in ("image", "mask", "body"))):
+            tokens = backbone(image.to(device).float() / 127.5 - 1)[0][-1]
+            center = readout(tokens, grid)[2].cpu()                                    # (B, 4 L, FUTURE, 2)
+            owner = F.pixel_unshuffle(cells(mask, patches)[:, None].float(), 2).flatten(2).mT.flatten(1)  # (B, 4 L)
+            mine = F.one_hot(owner.long(), body.shape[1] + 1)[..., 1:].float()
+            center = torch.einsum("bcm,bcfx->bmfx", mine, center) / mine.sum(1).clamp(min=1)[..., None, None]
+            move = (center - body[:, :, None, :2]).flatten(2)
+            error.append(path_l2(torch.cat([body[..., :STATE], move], -1), body))
+        common.save_weights(path, readout, {"dim": config["dim"]})
+        print(f"wrote {path}: foretold centres off by {torch.cat(error).nanmean():.4f} of the diagonal on val scenes")
+
+    if cfg.backbone:
+        if rank == 0:
+            save_readout()
+        return
     common.seed_everything(cfg.seed)
     model = Pretraining(config, cfg.size // patches).to(device)
     trained = {k: p for k, p in model.named_parameters() if p.requires_grad}
@@ -684,9 +805,9 @@ def main():
     else:
         if rank == 0:
             ema.copy_to(model)
-            out = cfg.out or f"{folder}/backbone.safetensors"
             common.save_weights(out, model.depth.pretrained, config, torch.bfloat16)
             common.save_weights(f"{folder}/depth_head.safetensors", model.depth.depth_head, config)
+            save_readout()
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -280,6 +280,9 @@ class VideoDiT(nn.Module):
         tokens = [self.patchify(x if image is None else torch.cat([image, x], 2)).float()]
         if phys is not None:
             first, video = tokens[0].split([h * w * (image is not None), k * h * w], 1)
+            if phys.shape[1] == (1 + k) * h * w:   # what is foretold of a place joins the token of that place
+                phys, foretold = phys.split([h * w, k * h * w], 1)
+                video = video + foretold.float()
             tokens = [first, phys.float() + self.phys_type, video]
         z = torch.cat(tokens, 1)                                                                    # (B, L, D)
         clean = z.shape[1] - k * h * w             # how many tokens, from the left, have t = 0

@@ -187,7 +187,7 @@ def generate(models, image, captions, keys, frames=25, steps=12, shift=3.0, cfg=
         first = models.vae.encode(image[:, :, None])                                                # (B, C, 1, h, w)
         grid = [n // 2 for n in first.shape[3:]]
         look = image if photo is None else photo
-        phys = models.encoder(look, grid) if models.encoder is not None else None                   # (B, P, D)
+        phys = models.encoder(look, grid, (frames - 1) // 4) if models.encoder is not None else None  # (B, P, D)
         text = (captions if torch.is_tensor(captions) else models.read(captions)).to(device)
         x0 = generate_latent(models, first, text, phys, keys, frames, steps, shift, cfg, solver, progress,
                              guide, temperature, null)

@@ -50,6 +50,7 @@ class Config:
     model: str = "nano"             # the DiT, a name in model.CONFIGS
     init_from: str = ""             # a dit.safetensors to start from (with its head1 beside it, if any)
     phys: bool = True               # with the PhysEncoder; False trains the plain DiT
+    foretell: bool = True           # physical tokens for the frames to come, too; False: of the first alone (the paper)
     steps: int = 3200               # optimizer steps
     batch: int = 32                 # clips a step, over all ranks
     accumulate: int = 1             # micro-batches a step and rank, for less memory
@@ -81,7 +82,7 @@ PRESETS = {"nano": {}, "taste": FAST | dict(name="taste", pool="out/pool_taste",
                          steps=20000, batch=128, lr=3e-3, adam_lr=1e-3, eval_every=2000)}
 PRESETS |= {name: dict(name=name, data=f"out/{name}_data", init_from=f"out/{name}_data/dit.safetensors",
                        pool=f"out/pool_{name}", size=512, frames=49, fps=fps, steps=3000, lr=1e-5, adam_lr=1e-5,
-                       moving=1.0, checkpointing=True, eval_every=500) for name, fps in (("wan5b", 24), ("wan1.3b", 16))}
+                       moving=1.0, foretell=False, checkpointing=True, eval_every=500) for name, fps in (("wan5b", 24), ("wan1.3b", 16))}
 SHARD = 512                                        # clips simulated and encoded at a time
 # Of the scenes. The backbone has learned those of seed 0 by heart, a little: its tokens would seem more reliable there
 # than they are on a new picture. Pairs for DPO come from seed 1.
@@ -154,8 +155,8 @@ class StageOne(nn.Module):
         self.dit, self.encoder, self.visible, self.moving = dit, encoder, visible, moving
 
     def forward(self, latent, photo, text, t, eps):
-        grid = [n // 2 for n in latent.shape[3:]]
-        phys = self.encoder(photo, grid) if self.encoder is not None else None
+        grid, frames = [n // 2 for n in latent.shape[3:]], latent.shape[2] - 1
+        phys = self.encoder(photo, grid, frames) if self.encoder is not None else None
         x0 = latent[:, :, 1:]
         moves = (x0 - x0.mean(2, keepdim=True)).square().mean(1, keepdim=True).clamp_max(1)         # (B, 1, k, h, w)
         weight = self.visible * (1 + self.moving * moves)
@@ -206,7 +207,8 @@ def main():
     common.seed_everything(cfg.seed)
     dit, encoder = M.VideoDiT(config), None
     if cfg.phys:                                   # the head starts fresh; the backbone has seen depth and stays as is
-        encoder = load_phys_encoder(f"{cfg.data}/backbone.safetensors", config={"out_dim": config["dim"]})
+        encoder = load_phys_encoder(f"{cfg.data}/backbone.safetensors", config={
+            "out_dim": config["dim"], "foretell": cfg.foretell})
     if cfg.init_from:
         common.load_weights(dit, cfg.init_from)
         head = os.path.join(os.path.dirname(cfg.init_from), "head1.safetensors")
@@ -338,7 +340,7 @@ def main():
             if rank == 0:
                 common.save_weights(f"{folder}/{name}.safetensors", tensors, config, torch.bfloat16)
         if rank == 0:
-            for name in ("vae", "backbone"):       # the folder can be --data from now on
+            for name in ("vae", "backbone", "readout"):                              # the folder can be --data from now on
                 if os.path.exists(f"{cfg.data}/{name}.safetensors"):
                     with common.atomic(f"{folder}/{name}.safetensors") as tmp:
                         shutil.copy(f"{cfg.data}/{name}.safetensors", tmp)

@@ -679,6 +679,45 @@ def test_phys_encoder():
     assert all(p.grad is None for p in encoder.backbone.parameters()) and not encoder.backbone.training
     assert all(p.grad is not None for p in encoder.head.parameters() if p.requires_grad)
     assert encoder(torch.rand(1, 3, 30, 52), (3, 5)).shape == (1, 15, 256)           # any size, any grid
+    encoder = E.PhysEncoder(E.CONFIGS["nano"] | {"out_dim": 256, "foretell": True})
+    tokens = encoder(images, (4, 4), 6)
+    assert tokens.shape == (2, 16 + 6 * 16, 256)
+    tokens.square().mean().backward()
+    assert all((p.grad is not None) == p.requires_grad for p in encoder.parameters() if p.shape != (1, 192))
+    assert not any(p.requires_grad for p in encoder.readout.parameters())
+
+
+def test_bodies_are_carried_along_their_paths():
+    """A cell that will be at the middle of a token counts there, and knows how far off its body's centre will be."""
+    cell, center = torch.zeros(1, 2, E.FUTURE, 2), torch.zeros(1, 2, E.FUTURE, 2)
+    cell[0, 0], center[0, 0] = torch.tensor([-0.75, 0.25]), torch.tensor([-0.5, 0.25])   # rests in column 0, row 2
+    cell[0, 1, :, 1] = torch.linspace(-0.75, 0.75, E.FUTURE)                         # falls between columns 1 and 2
+    cell[0, 1, :, 0] = 0
+    weight, middle = E.carried(torch.tensor([[1.0, 0.5]]), cell, center, (4, 4), 6)
+    weight, middle = weight.unflatten(3, (4, 4)), middle.unflatten(3, (4, 4)).unflatten(-1, (4, 2))
+    assert torch.allclose(weight[0, 0, :, 2, 0], torch.ones(6)) and weight[0, 0].sum() == 6
+    assert torch.allclose(middle[0, 0, :, 2, 0], torch.tensor([0.5, 0.0]).expand(6, 4, 2))
+    where = weight[0, 1].sum(2)                                                      # (frame, row)
+    assert torch.allclose(where.sum(1), torch.full((6,), 0.5)) and where.argmax(1).tolist() == [0, 1, 1, 2, 2, 3]
+    assert torch.allclose(weight[0, 1, :, :, 1], weight[0, 1, :, :, 2]) and weight[0, 1, :, :, [0, 3]].abs().max() == 0
+    late, _ = E.carried(torch.tensor([[1.0, 0.5]]), cell, center, (4, 4), 8)         # what is not foretold rests
+    assert torch.allclose(late[0, 1, 7].unflatten(0, (4, 4))[3], weight.new_tensor([0, 0.25, 0.25, 0]))
+
+
+def test_shipped_readout_foretells():
+    """In closed form, on the frozen backbone: it must know nearly what the backbone was trained for (0.034)."""
+    encoder = E.load_phys_encoder(f"{HERE}/data/backbone.safetensors", config={"out_dim": 8, "foretell": True})
+    batch = simdata.make_batch("drop", 96, 5, "val", photo=simdata.PHOTO, filmed=1)
+    features, grid, (occupied, cell, center) = encoder.features(batch["photo"])
+    owner = F.pixel_unshuffle(E.cells(batch["mask"][:, 0], 8)[:, None].float(), 2).flatten(2).mT.flatten(1).long()
+    assert ((occupied > 0.5) == (owner > 0)).float().mean() > 0.98                   # 0.91 if none is said to be there
+    body = E.bodies(batch, 64)
+    n, c = (owner > 0).nonzero().unbind(1)
+    true = body[n, owner[n, c] - 1]
+    path = true[:, None, :2] + true[:, E.STATE:].unflatten(1, (E.FUTURE, 2))
+    off = lambda x: (x - path).norm(dim=-1).mean() / math.sqrt(8)
+    assert off(center[n, c]) < 0.045 < 0.15 < off(true[:, None, :2])
+    assert (cell[n, c] - center[n, c]).norm(dim=-1).median() < 0.3                   # a cell stays with its body
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1084,9 +1123,9 @@ def test_dpo_starts_at_ln_2_and_pulls_the_right_way():
     reference = {k: p.detach().clone() for k, p in policy.named_parameters() if p.requires_grad}
     g = common.generator("dpo")
     r = lambda *s: torch.randn(*s, generator=g)
-    features = encoder.features(torch.rand(3, 3, 64, 64, generator=g) * 2 - 1)
+    seen = encoder.features(torch.rand(3, 3, 64, 64, generator=g) * 2 - 1)
     image, clip = r(3, dit.config["in_dim"], 1, 8, 8), lambda: r(3, dit.config["in_dim"], 6, 8, 8)
-    inputs = (*features, image, clip(), clip(), M.bytes_to_tokens(["a ball"] * 3), torch.rand(3, generator=g), clip())
+    inputs = (seen, image, [clip(), clip()], M.bytes_to_tokens(["a ball"] * 3), torch.rand(3, generator=g), clip())
     err_w, err_l = policy(*inputs)
     with torch.no_grad():
         ref_w, ref_l = torch.func.functional_call(policy, reference, inputs)
@@ -1560,7 +1599,7 @@ def test_shipped_model_listens():
     finer = sample.generate(models, image, captions, keys, steps=8, photo=photo)
     assert 1e-3 < (finer - video).abs().mean() < 0.05                            # the encoder sees more in the photo
     assert (sample.generate(models, image, captions, keys, steps=8, photo=photo.flip(0)) - finer).abs().mean() > 0.01
-    deaf = sample.Models(models.vae, lambda x, grid: torch.zeros(len(x), grid[0] * grid[1], 256), models.dit)
+    deaf = sample.Models(models.vae, lambda x, grid, k: torch.zeros(len(x), grid[0] * grid[1], 256), models.dit)
     assert (sample.generate(deaf, image, captions, keys, steps=8) - video).abs().max() > 0.02
     metrics, still = judge.measure(video, batch), judge.measure(image[:, :, None].expand_as(video), batch)
     assert metrics["traj_l2_flight"].nanmean() < 0.25 * still["traj_l2_flight"].nanmean()
