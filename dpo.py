@@ -101,8 +101,8 @@ class Policy(nn.Module):
         self.dit, self.head, self.visible = dit, head, visible
 
     def forward(self, seen, first, clips, text, t, eps):
-        """seen: PhysEncoder.features of the photo; first (B, C, 1, h, w); clips: [winner, loser], or one of them, all of
-        them (B, C, k, h, w), in one forward, so that rounding is theirs alike -> an error (B,) for each."""
+        """seen: PhysEncoder.features of the photo; first (B, C, 1, h, w); clips: [winner, loser] or one of them, each
+        (B, C, k, h, w), in one forward, so that rounding is theirs alike -> an error (B,) for each."""
         many = lambda x: torch.cat([x] * len(clips))
         grid, frames = [n // 2 for n in first.shape[3:]], clips[0].shape[2]
         phys = None if self.head is None else many(self.head(*seen, grid, frames))

@@ -317,15 +317,15 @@ class Readout(nn.Linear):
 
 def carried(occupied, cell, center, grid, frames, stride=4):
     """Where the cells of Readout's answers will be among the tokens -> weight (B, cells, frames, P): how much of a cell
-    is in a token, averaged over the `stride` frames of a latent frame; middle (B, cells, frames, P, 8): from the token's
-    middle to the body's centre in each of them, in tokens. What lies beyond FUTURE is taken to rest."""
+    is in a token, averaged over the `stride` frames of a latent frame; middle (B, cells, frames, P, 8): from the
+    token's middle to the body's centre in each of them, in tokens. What lies beyond FUTURE is taken to rest."""
     when = torch.arange(stride * frames, device=cell.device).clamp_max(FUTURE - 1)
     size = torch.tensor([2 / grid[1], 2 / grid[0]], device=cell.device)
     y, x = ((torch.arange(n, device=cell.device) + 0.5) * 2 / n - 1 for n in grid)
     token = torch.stack([x.repeat(len(y)), y.repeat_interleave(len(x))], -1)                         # (P, 2)
     weight = (1 - ((cell[:, :, when, None] - token) / size).abs()).clamp_min(0).prod(-1)             # a tent, 2 wide
     weight = weight.unflatten(2, (frames, stride)).mean(3) * occupied[..., None, None]
-    middle = ((center[:, :, when, None] - token) / size).clamp(-2, 2)                                # (B, cells, T, P, 2)
+    middle = ((center[:, :, when, None] - token) / size).clamp(-2, 2)                              # (B, cells, T, P, 2)
     return weight, middle.unflatten(2, (frames, stride)).transpose(3, 4).flatten(4)
 
 
@@ -385,7 +385,7 @@ class PhysEncoder(nn.Module):
 
     @torch.no_grad()
     def features(self, image):
-        """-> (4 x (B, h * w, D), the patch grid (h, w), the readout's answers): the arguments of `head` before `grid`."""
+        """-> (4 x (B, h * w, D), the patch grid (h, w), the readout's answers): the head's arguments before `grid`."""
         image = resize(image, self.config["input_size"], self.backbone.patch)
         features, patch_grid = self.backbone(image)[0], [n // self.backbone.patch for n in image.shape[-2:]]
         return features, patch_grid, self.readout(features[-1], patch_grid) if self.readout is not None else None

@@ -174,7 +174,7 @@ class ByteText(nn.Module):
 
 
 def bytes_to_tokens(texts, length=BYTES):
-    """list of B strings -> LongTensor (B, length): UTF-8 byte + 1, cut or padded with 0. A model with text="bytes" reads
+    """list of B strings -> LongTensor (B, length): UTF-8 byte + 1, cut or padded with 0; a DiT with text="bytes" takes
     128 of them."""
     codes = [[b + 1 for b in text.encode(errors="replace")[:length]] for text in texts]
     return torch.tensor([c + [0] * (length - len(c)) for c in codes])

@@ -130,8 +130,8 @@ def load_published(folder, name="wan5b", device="cpu", dtype=torch.bfloat16):
 
 
 def text_features(path, captions, width, folder, device):
-    """-> {caption: features (L, width) bf16}, "" included, out of the file at `path`. What it lacks is computed with the
-    umT5 in `folder`, or from the Hub, and added to it. Under torchrun every rank calls, rank 0 computes.
+    """-> {caption: features (L, width) bf16}, "" included, out of the file at `path`. What it lacks is computed with
+    the umT5 in `folder`, or from the Hub, and added to it. Under torchrun every rank calls, rank 0 computes.
 
     Raises InputError if the file is foreign, or lacks captions and there is no umT5 here (data/embed_text.py makes such
     a file elsewhere)."""

@@ -50,7 +50,7 @@ class Config:
     model: str = "nano"             # the DiT, a name in model.CONFIGS
     init_from: str = ""             # a dit.safetensors to start from (with its head1 beside it, if any)
     phys: bool = True               # with the PhysEncoder; False trains the plain DiT
-    foretell: bool = True           # physical tokens for the frames to come, too; False: of the first alone (the paper)
+    foretell: bool = False          # physical tokens for the frames to come, too (needs readout.safetensors)
     steps: int = 3200               # optimizer steps
     batch: int = 32                 # clips a step, over all ranks
     accumulate: int = 1             # micro-batches a step and rank, for less memory
@@ -82,7 +82,8 @@ PRESETS = {"nano": {}, "taste": FAST | dict(name="taste", pool="out/pool_taste",
                          steps=20000, batch=128, lr=3e-3, adam_lr=1e-3, eval_every=2000)}
 PRESETS |= {name: dict(name=name, data=f"out/{name}_data", init_from=f"out/{name}_data/dit.safetensors",
                        pool=f"out/pool_{name}", size=512, frames=49, fps=fps, steps=3000, lr=1e-5, adam_lr=1e-5,
-                       moving=1.0, foretell=False, checkpointing=True, eval_every=500) for name, fps in (("wan5b", 24), ("wan1.3b", 16))}
+                       moving=1.0, checkpointing=True, eval_every=500)
+            for name, fps in (("wan5b", 24), ("wan1.3b", 16))}
 SHARD = 512                                        # clips simulated and encoded at a time
 # Of the scenes. The backbone has learned those of seed 0 by heart, a little: its tokens would seem more reliable there
 # than they are on a new picture. Pairs for DPO come from seed 1.
@@ -238,8 +239,8 @@ def main():
     model = DistributedDataParallel(raw) if world > 1 and not cfg.fsdp else raw
     ema = M.EMA(raw, cfg.ema)
     trained = {k: p for k, p in raw.named_parameters() if p.requires_grad}
-    # Muon for the matrices inside the blocks, AdamW for what enters, leaves, shifts and scales, and for all shards: Muon
-    # would need whole matrices
+    # Muon for the matrices inside the blocks, AdamW for what enters, leaves, shifts and scales, and for all that is
+    # sharded: Muon needs whole matrices
     inner = {k for k, p in trained.items() if ".blocks." in k and p.ndim == 2 and not cfg.fsdp}
     rest = [p for k, p in trained.items() if k not in inner]
     adam = torch.optim.AdamW([dict(params=[p for p in rest if p.ndim > 1], weight_decay=cfg.weight_decay),
@@ -269,6 +270,8 @@ def main():
                                         photo=batch["photo"].to(device)).cpu()
                 scores.append(judge.measure(video, batch, cfg.fps, detail=False)["traj_l2"])
                 shown += [common.to_uint8(v) for pair in zip(batch["video"], video) for v in pair]
+            for part in shards:                    # without a backward pass they would stay whole, with these weights
+                part.reshard()
         raw.train()
         total = common.average(torch.tensor([sum(s.nansum().item() for s in scores),
                                              float(sum(s.isfinite().sum() for s in scores))]), device)
@@ -340,7 +343,7 @@ def main():
             if rank == 0:
                 common.save_weights(f"{folder}/{name}.safetensors", tensors, config, torch.bfloat16)
         if rank == 0:
-            for name in ("vae", "backbone", "readout"):                              # the folder can be --data from now on
+            for name in ("vae", "backbone", "readout"):                              # so the folder can be --data
                 if os.path.exists(f"{cfg.data}/{name}.safetensors"):
                     with common.atomic(f"{folder}/{name}.safetensors") as tmp:
                         shutil.copy(f"{cfg.data}/{name}.safetensors", tmp)

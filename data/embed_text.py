@@ -30,7 +30,7 @@ class Config:
     prompt: str = ""                # what shall happen
     captions: str = ""              # or many: a clips.jsonl (see simdata.py), or a text file with a caption a line
     negative: str = ""              # what shall not
-    encoder: str = ""               # a folder with text_encoder/ and tokenizer/, or a name on the Hub; empty: Wan2.2-TI2V-5B's
+    encoder: str = ""               # a folder with text_encoder/ and tokenizer/, or a name on the Hub; empty: HUB
     out: str = "prompt.safetensors"  # the file to write
     length: int = 512               # tokens at most; longer prompts are cut
     device: str = "auto"            # auto, cuda, mps or cpu

@@ -1,7 +1,7 @@
 """
 Published weights as a folder that every stage takes as --data: vae, dit and backbone, one file each, ours.
 
-    python data/fetch.py --model=wan5b --backbone=depth_anything_v2_vits.pth        # downloads Wan, 34 GB with umT5
+    python data/fetch.py --model=wan5b --backbone=depth_anything_v2_vits.pth        # downloads Wan and umT5
     python data/fetch.py --model=wan1.3b --weights=Wan2.1-T2V-1.3B --backbone=dinov2_vits14_pretrain.pth
     torchrun --nproc_per_node=8 sft.py --preset=wan5b --fsdp=True
 
