@@ -89,9 +89,9 @@ def load_models(data="data", stage=1, ckpt="", head="", device="cpu", weak=False
     return Models(vae, encoder, dit, load_dit(f"{data}/guide.safetensors") if weak else None)
 
 
-def load_published(folder, name="wan5b", device="cpu", dtype=torch.bfloat16):
+def load_published(folder, name="wan5b", device="cpu", dtype=None):
     """The files of Wan2.2-TI2V-5B or Wan2.1-T2V-1.3B as published, or as diffusers keeps them (transformer/, vae/).
-    -> Models, frozen. name: wan5b or wan1.3b.
+    -> Models, frozen. name: wan5b or wan1.3b; dtype: of the DiT, by default what common.precision says.
 
     A config.json in the folder says how large the DiT is. Raises InputError if a file is missing or foreign, or if the
     weights do not fit into the memory that is free."""
@@ -115,9 +115,10 @@ def load_published(folder, name="wan5b", device="cpu", dtype=torch.bfloat16):
             raise InputError(f"{path}: expected the config of a Wan model: {error!r}") from None
     wan = read(f"{dit_path}/config.json", M.published_config, M.CONFIGS[name])
     vae_config = read(f"{vae_path}/config.json", V.diffusers_config, V.CONFIGS[f"wan{version}"])
+    dtype = dtype or common.precision(torch.device(device))
     with torch.device("meta"):                     # no memory before the weights come
         dit = M.VideoDiT(wan)
-        size = 2e-9 * sum(p.numel() for p in dit.parameters()) + 4e-9 * sum(
+        size = 1e-9 * dtype.itemsize * sum(p.numel() for p in dit.parameters()) + 4e-9 * sum(
             p.numel() for p in V.VideoVAE(vae_config).parameters())
     if size > (free := common.free_memory(torch.device(device)) / 1e9):
         raise InputError(f"the weights in {folder} need {size:.1f} GB, --device={device} has {free:.1f} GB free; "
@@ -252,8 +253,8 @@ def main():
     if cfg.model not in PRESETS:
         raise InputError(f"--model={cfg.model}: expected one of {', '.join(PRESETS)}")
     features = bool(cfg.weights)                   # of an outside text encoder; else the DiT reads bytes
-    if not features:
-        with common.open_weights(cfg.ckpt or f"{cfg.data}/dit.safetensors") as (_, config):
+    if not features and os.path.exists(path := cfg.ckpt or f"{cfg.data}/dit.safetensors"):
+        with common.open_weights(path) as (_, config):
             features = config.get("text") == "features"
     if cfg.model != "nano" and not features:
         raise InputError(f"{cfg.model} needs --weights=FOLDER, with the published files of Wan2.2-TI2V-5B, or "

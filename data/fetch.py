@@ -71,7 +71,7 @@ def main():
     else:
         with common.atomic(f"{out}/backbone.safetensors") as tmp:
             shutil.copy(f"{HERE}/data/backbone.safetensors", tmp)
-    models = sample.load_published(weights, cfg.model)
+    models = sample.load_published(weights, cfg.model, dtype=torch.bfloat16)
     common.save_weights(f"{out}/vae.safetensors", models.vae, models.vae.config)
     common.save_weights(f"{out}/dit.safetensors", models.dit, models.dit.config)
     for part in ("text_encoder", "tokenizer"):     # captions are read by the umT5 that came with the model
