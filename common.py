@@ -173,7 +173,7 @@ def free_memory(device):
 
 def precision(device):
     """The one precision policy: bf16 where the device is fast at it (CUDA, CPUs with AMX, AMD's with AVX512-BF16), else
-    fp32. Intel's AVX512-BF16 without AMX loses to its own fp32: a Stage I step took 1.9 to 2.7 s against 1.5."""
+    fp32. Intel's AVX512-BF16 without AMX loses to its own fp32."""
     if device.type != "cpu":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     intel = "Intel" in getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", "")

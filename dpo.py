@@ -68,7 +68,7 @@ class Config:
     eval_every: int = 75            # steps between val scores and checkpoints
     eval_clips: int = 64            # val clips that are sampled then
     checkpointing: bool = False     # compute activations again in the backward pass instead of keeping them
-    in_turn: bool = False           # winner and loser one after the other: half the memory, a quarter more work
+    in_turn: bool = False           # winner and loser one after the other: less memory, a quarter more work
     seed: int = 0                   # of pairs, order, noise
     resume: bool = False            # go on from the run folder
     device: str = "auto"            # auto, cuda, mps or cpu
@@ -79,7 +79,6 @@ PRESETS |= {name: dict(data=f"out/{name}", name=f"dpo_{name}", pool=f"out/pairs_
                        sampler_steps=25, checkpointing=True, in_turn=True)
             for name, fps in (("wan5b", 24), ("wan1.3b", 16))}
 SHARD = 64                                         # scenes per shard of pairs
-LONG = 1024                                        # bytes of a caption that are kept; nano reads 128 of them
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -194,7 +193,7 @@ def make_pairs(cfg, models, device, rank, world):
         common.save_weights(f"{cfg.pool}/{s:04d}.safetensors", dict(
             first=first.cpu()[keep].bfloat16(), winner=latents[best, every][keep].bfloat16(),
             loser=latents[worst, every][keep].bfloat16(), photo=((photo + 1) * 127.5).round().byte()[keep],
-            text=M.bytes_to_tokens(batch["caption"], LONG)[keep].short()), stamp)
+            text=M.bytes_to_tokens(batch["caption"], M.LONG)[keep].short()), stamp)
     if dist.is_initialized():
         dist.barrier()
 

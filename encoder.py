@@ -535,7 +535,7 @@ def cells(mask, patches):
 
 @torch.no_grad()
 def fit_readout(backbone, scenes, device, most=6000):
-    """The best Readout of a frozen backbone on scenes of `render`, in closed form: seconds, for any backbone.
+    """The best Readout of a frozen backbone on scenes of `render`, in closed form, for any backbone.
 
     Least squares for where bodies are and go, reweighted by 1 / (the path's error + 0.02) so that a median is fitted,
     as the backbone was trained for; Newton's method for whether there is a body (logistic regression)."""
@@ -699,6 +699,8 @@ def main():
     if cfg.backbone:
         if rank == 0:
             save_readout()
+        if dist.is_initialized():
+            dist.destroy_process_group()
         return
     common.seed_everything(cfg.seed)
     model = Pretraining(config, cfg.size // patches).to(device)

@@ -35,7 +35,7 @@ CONFIGS = {
     # nano's weaker sibling, away from which it is guided (see sample)
     "guide": dict(in_dim=32, out_dim=32, dim=128, ffn_dim=480, num_heads=2, num_layers=4,
                   freq_dim=128, text="bytes", text_dim=128, text_len=32, phys=False),
-    # 126 M, for one GPU: 128 x 128 pixels, 33 frames
+    # 129 M, for one GPU: 128 x 128 pixels, 33 frames
     "small": dict(in_dim=32, out_dim=32, dim=768, ffn_dim=3584, num_heads=12, num_layers=12,
                   freq_dim=256, text="bytes", text_dim=256, text_len=32, phys=True),
     # Wan2.1-T2V-1.3B, Wan2.2-TI2V-5B, Wan2.1-T2V-14B
@@ -44,6 +44,7 @@ CONFIGS = {
     "wan14b": WAN | dict(in_dim=16, out_dim=16, dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
 }
 BYTES = 128                                        # a caption for the byte encoder is cut or padded to this many
+LONG = 1024                                        # bytes of a caption that pools and pairs keep
 EPS = 1e-6                                         # of every norm
 
 

@@ -88,7 +88,6 @@ SHARD = 512                                        # clips simulated and encoded
 # Of the scenes. The backbone has learned those of seed 0 by heart, a little: its tokens would seem more reliable there
 # than they are on a new picture. Pairs for DPO come from seed 1.
 SEED = 2
-LONG = 1024                                        # bytes of a caption that are kept; nano reads 128 of them
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -120,7 +119,7 @@ def make_pool(cfg, vae, photo, device, rank, world):
         with common.autocast(device):
             latent = torch.cat([vae.encode(v.to(device)).to("cpu", torch.bfloat16) for v in video.split(part)])
         still = ((torch.cat([batch["photo"], batch["photo"].flip(-1)]) + 1) * 127.5).round().byte()
-        text = M.bytes_to_tokens(batch["caption"] * 2, LONG).short()
+        text = M.bytes_to_tokens(batch["caption"] * 2, M.LONG).short()
         common.save_weights(path, dict(latent=latent, photo=still, text=text), what)
     if folder and folder.broken:
         print(f"left out {len(folder.broken)} broken clips: " + "; ".join(folder.broken))
@@ -188,6 +187,8 @@ def main():
     device, rank, world = common.setup(cfg.device)
     if M.CONFIGS.get(cfg.model, {}).get("text") != "bytes" and not cfg.init_from:
         raise common.InputError(f"--model={cfg.model}: expected nano, small or guide; other ones come with --init_from")
+    if cfg.foretell and cfg.fps != 16:
+        raise common.InputError(f"--foretell=True knows frames at 16 fps; got --fps={cfg.fps}")
     if cfg.fsdp and (world == 1 or cfg.eval_clips % (8 * world)):
         raise common.InputError(f"--fsdp=True shards over the ranks of torchrun, here {world}; expected 2 or more, and "
                                 f"--eval_clips a multiple of {8 * world}, 8 a rank, so that all sample alike")
@@ -347,6 +348,9 @@ def main():
                 if os.path.exists(f"{cfg.data}/{name}.safetensors"):
                     with common.atomic(f"{folder}/{name}.safetensors") as tmp:
                         shutil.copy(f"{cfg.data}/{name}.safetensors", tmp)
+            for part in ("text_encoder", "tokenizer"):
+                if os.path.isdir(f"{cfg.data}/{part}") and not os.path.exists(f"{folder}/{part}"):
+                    os.symlink(os.path.realpath(f"{cfg.data}/{part}"), f"{folder}/{part}")
             print(f"wrote {' and '.join(f'{folder}/{name}.safetensors' for name in files)}")
     elif rank == 0:
         print(f"stopped after {done} steps; go on with --resume=True")

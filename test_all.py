@@ -1448,6 +1448,7 @@ def test_a_dit_with_a_text_encoder_trains_in_shards(tmp_path):
     refused("sft.py", *flags, f"--text_emb={HERE}/data/lora2.safetensors", "--fsdp=False", cwd=tmp_path,
             says="holds no features of captions")
     refused("sft.py", *flags, cwd=tmp_path, says="expected 2 or more")
+    refused("sft.py", *TINY_SFT, "--foretell=True", "--fps=24", cwd=tmp_path, says="16 fps")
 
 
 def test_dpo_runs_and_resumes(tmp_path):
