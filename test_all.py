@@ -997,6 +997,17 @@ def test_physical_tokens_stand_where_they_look():
     assert torch.equal(full[:24], full[24:48])
     coarse = M.rotary_table(48, 2, 4, 6, 1, (2, 3), torch.device("cpu"))[24:30, 0].angle()
     assert torch.allclose(coarse[:, 8], torch.tensor([0.5, 0.5, 0.5, 2.5, 2.5, 2.5]))
+    # those of later frames are added to the video tokens of their place and time, and nowhere else
+    i, g = tiny_inputs(), common.generator("foretold")
+    i["phys"] = torch.randn(2, 24, 96, generator=g)
+    dit, bare = M.add_phys(tiny_dit()), M.add_phys(tiny_dit(num_layers=0))           # without blocks tokens do not mix
+    foretold = torch.zeros(2, 3, 4, 6, 96)
+    told = lambda: i | dict(phys=torch.cat([i["phys"], foretold.flatten(1, 3)], 1))
+    with torch.no_grad():
+        assert torch.equal(dit(**told()), dit(**i))
+        foretold[:, 2, 1, 3] = torch.randn(2, 96, generator=g)
+        moved = (bare(**told()) - bare(**i)).abs().amax((0, 1))                      # (frame, H, W)
+    assert moved[2, 2:4, 6:8].min() > 0 and moved.sum() == moved[2, 2:4, 6:8].sum()
 
 
 @pytest.mark.parametrize("solver", M.SOLVERS)
