@@ -254,6 +254,7 @@ class DepthHead(DPT):
 class PhysicalHead(DPT):
     """forward(features, patch_grid, told, grid, frames=0) -> physical tokens (B, P, config["out_dim"]), P = grid[0] *
     grid[1], and where the config says foretell, as many again for each of so many latent frames to come.
+    told: the readout's answers and the colour of each cell (B, cells, 3), or None.
 
     A token is made of the trunk's map, averaged over its part of the picture, and of the last layer's 2 x 2 patches
     there: what the backbone knows of a body need not fit into a few channels, averaged with the background. Those of
@@ -272,7 +273,8 @@ class PhysicalHead(DPT):
         nn.init.zeros_(self.proj.bias)
         self.foretell = config.get("foretell", False)
         if self.foretell:
-            self.what, self.join = nn.Linear(config["dim"], 4 * self.WHAT), nn.Linear(9 * self.WHAT, config["out_dim"])
+            self.what = nn.Linear(config["dim"], 4 * self.WHAT)
+            self.join = nn.Linear(9 * (self.WHAT + 3), config["out_dim"])              # and its colour
             for linear, std in ((self.what, 1.0), (self.join, 0.5)):
                 nn.init.normal_(linear.weight, std=std / math.sqrt(linear.in_features))
                 nn.init.zeros_(linear.bias)
@@ -286,11 +288,12 @@ class PhysicalHead(DPT):
         if not self.foretell or not frames:
             return tokens
         what = self.what(features[-1]).unflatten(-1, (4, -1)).flatten(1, 2).float()    # (B, cells, WHAT)
-        weight, middle = carried(*told, grid, frames)
+        what = torch.cat([what, told[3]], -1)                                          # (B, cells, WHAT + 3)
+        weight, middle = carried(*told[:3], grid, frames)
         terms = torch.cat([weight[..., None], weight[..., None] * middle], -1)         # (B, cells, frames, P, 9)
         # a body's own numbers times where it is: two bodies in one token do not exchange their places
         x = what.mT @ terms.flatten(2) / (1 + weight.sum(1)).repeat_interleave(9, -1).flatten(1)[:, None]
-        x = x.unflatten(2, (-1, 9)).transpose(1, 2).flatten(2)                         # (B, frames P, 9 WHAT)
+        x = x.unflatten(2, (-1, 9)).transpose(1, 2).flatten(2)                         # (B, frames P, 9 (WHAT + 3))
         return torch.cat([tokens, self.join(x).to(tokens.dtype)], 1)
 
 
@@ -327,6 +330,31 @@ def carried(occupied, cell, center, grid, frames, stride=4):
     weight = weight.unflatten(2, (frames, stride)).mean(3) * occupied[..., None, None]
     middle = ((center[:, :, when, None] - token) / size).clamp(-2, 2)                              # (B, cells, T, P, 2)
     return weight, middle.unflatten(2, (frames, stride)).transpose(3, 4).flatten(4)
+
+
+def truth(clips, size, patches):
+    """What a Readout should have said of clips of `size` pixels, T frames, N bodies -> owner (B, 4 L) uint8: which body
+    a cell shows, 0 nobody; path (B, N, FUTURE, 2): where its centre will be, x and y in [-1, 1]. If the clips do not
+    know, all are 0."""
+    import simdata                                                                     # PhysEncoder needs no simulator
+    mask = clips["photo_mask"] if "photo_mask" in clips else clips["mask"][:, 0] if "mask" in clips else None
+    if mask is None or not {"position", "camera"} <= clips.keys():
+        B = len(clips["video"])
+        return torch.zeros(B, 4 * patches**2, dtype=torch.uint8), torch.zeros(B, 1, FUTURE, 2)
+    uv = simdata.project(clips["position"], clips["camera"])[0] * 2 / size - 1         # (B, T, N, 2)
+    when = torch.arange(1, FUTURE + 1).clamp_max(uv.shape[1] - 1)
+    owner = F.pixel_unshuffle(cells(mask, patches)[:, None].float(), 2).flatten(2).mT.flatten(1).byte()
+    return owner, uv[:, when].transpose(1, 2)
+
+
+def corrected(told, owner, path):
+    """The readout's answers with every body's cells moved together, so that their mean is where it really goes (see
+    truth): what a cell says of itself, how unsure it is and how cells differ stays. Cells of nobody (0) stay, too."""
+    occupied, cell, center, colour = told
+    mine = F.one_hot(owner.long(), path.shape[1] + 1)[..., 1:].float()                 # (B, cells, N)
+    off = path - torch.einsum("bcn,bcfx->bnfx", mine / mine.sum(1, keepdim=True).clamp_min(1), center)
+    move = torch.einsum("bcn,bnfx->bcfx", mine, off)
+    return occupied, cell + move, center + move, colour
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -385,13 +413,20 @@ class PhysEncoder(nn.Module):
 
     @torch.no_grad()
     def features(self, image):
-        """-> (4 x (B, h * w, D), the patch grid (h, w), the readout's answers): the head's arguments before `grid`."""
+        """-> (4 x (B, h * w, D), the patch grid (h, w), what is told of its cells): the head's arguments before `grid`."""
         image = resize(image, self.config["input_size"], self.backbone.patch)
         features, patch_grid = self.backbone(image)[0], [n // self.backbone.patch for n in image.shape[-2:]]
-        return features, patch_grid, self.readout(features[-1], patch_grid) if self.readout is not None else None
+        if self.readout is None:
+            return features, patch_grid, None
+        colour = F.adaptive_avg_pool2d(image, [2 * n for n in patch_grid])             # (B, 3, 2 h, 2 w)
+        colour = F.pixel_unshuffle(colour, 2).unflatten(1, (3, 4)).permute(0, 3, 4, 2, 1).flatten(1, 3)
+        return features, patch_grid, (*self.readout(features[-1], patch_grid), colour)
 
-    def forward(self, image, grid, frames=0):
-        return self.head(*self.features(image), grid, frames)
+    def forward(self, image, grid, frames=0, truth=None):
+        features, patch_grid, told = self.features(image)
+        if told is not None and truth is not None:
+            told = corrected(told, *truth)
+        return self.head(features, patch_grid, told, grid, frames)
 
 
 def load_phys_encoder(backbone_path, head_path=None, config=None):

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -30,7 +31,7 @@ import eval as judge
 import model as M
 import sample
 import simdata
-from encoder import PhysEncoder, load_phys_encoder
+from encoder import load_phys_encoder, truth
 from vae import load_vae, visibility
 
 
@@ -50,8 +51,9 @@ class Config:
     model: str = "nano"             # the DiT, a name in model.CONFIGS
     init_from: str = ""             # a dit.safetensors to start from (with its head1 beside it, if any)
     phys: bool = True               # with the PhysEncoder; False trains the plain DiT
-    foretell: bool = False          # physical tokens for the frames to come, too (needs readout.safetensors)
-    steps: int = 3200               # optimizer steps
+    foretell: bool = True           # physical tokens for the frames to come, too (needs readout.safetensors)
+    forced: float = 0.75            # fraction of clips in which those say where bodies really go, if that is known
+    steps: int = 2000               # optimizer steps
     batch: int = 32                 # clips a step, over all ranks
     accumulate: int = 1             # micro-batches a step and rank, for less memory
     lr: float = 6e-3                # peak learning rate of Muon: the matrices inside the blocks
@@ -84,6 +86,7 @@ PRESETS |= {name: dict(name=name, data=f"out/{name}_data", init_from=f"out/{name
                        pool=f"out/pool_{name}", size=512, frames=49, fps=fps, steps=3000, lr=1e-5, adam_lr=1e-5,
                        moving=1.0, checkpointing=True, eval_every=500)
             for name, fps in (("wan5b", 24), ("wan1.3b", 16))}
+PATCH = 14                                         # pixels of the photo a side, in every DINOv2
 SHARD = 512                                        # clips simulated and encoded at a time
 # Of the scenes. The backbone has learned those of seed 0 by heart, a little: its tokens would seem more reliable there
 # than they are on a new picture. Pairs for DPO come from seed 1.
@@ -95,7 +98,8 @@ SEED = 2
 
 @torch.no_grad()
 def make_pool(cfg, vae, photo, device, rank, world):
-    """Fill cfg.pool with shards -> dict(latent (N, C, 1+k, h, w) bf16, photo (N, 3, S, S) uint8, text (N, 1024) bytes).
+    """Fill cfg.pool with shards -> dict(latent (N, C, 1+k, h, w) bf16, photo (N, 3, S, S) uint8, text (N, 1024) bytes;
+    owner (N, cells) uint8 and course (N, bodies, FUTURE, 2), what the readout should say: see encoder.truth).
 
     photo: S, the pixels a side of the picture that the encoder gets."""
     common.make_dir(cfg.pool)
@@ -108,7 +112,8 @@ def make_pool(cfg, vae, photo, device, rank, world):
     for s in range(math.ceil(total / shard)):      # and then sample noise, so a shard remembers where it comes from
         source = dict(folder=os.path.abspath(cfg.folder)) if folder else dict(scenario=names[s % len(names)], seed=SEED)
         shards.append((f"{cfg.pool}/{s:04d}.safetensors", dict(
-            vae=common.fingerprint(vae), **source, start=s * shard, count=min(shard, total - s * shard), **form)))
+            vae=common.fingerprint(vae), paths=True, **source, start=s * shard, count=min(shard, total - s * shard),
+            **form)))
     missing = [shard for shard in shards[rank::world] if not os.path.exists(shard[0])]
     for path, what in tqdm(missing, desc=f"pool, shards of {shard}", disable=rank > 0 or not missing):
         batch = folder.read(what["start"], what["count"]) if folder else simdata.make_batch(
@@ -120,7 +125,10 @@ def make_pool(cfg, vae, photo, device, rank, world):
             latent = torch.cat([vae.encode(v.to(device)).to("cpu", torch.bfloat16) for v in video.split(part)])
         still = ((torch.cat([batch["photo"], batch["photo"].flip(-1)]) + 1) * 127.5).round().byte()
         text = M.bytes_to_tokens(batch["caption"] * 2, M.LONG).short()
-        common.save_weights(path, dict(latent=latent, photo=still, text=text), what)
+        turned = batch | {k: batch[k].flip(-1) for k in ("mask", "photo_mask") if k in batch}
+        owner, course = (torch.cat(x) for x in zip(*(truth(b, cfg.size, photo // PATCH) for b in (batch, turned))))
+        course[len(course) // 2:, ..., 0] *= -1
+        common.save_weights(path, dict(latent=latent, photo=still, text=text, owner=owner, course=course), what)
     if folder and folder.broken:
         print(f"left out {len(folder.broken)} broken clips: " + "; ".join(folder.broken))
     if dist.is_initialized():
@@ -131,18 +139,23 @@ def make_pool(cfg, vae, photo, device, rank, world):
             different = next(k for k in what if made.get(k) != what[k])
             raise common.InputError(f"{path} was made with another {different}; delete {cfg.pool} or choose another "
                                     "--pool")
-    return {k: torch.cat([p[k] for p, _ in parts]) for k in ("latent", "photo", "text")}
+    widest = max(p["course"].shape[1] for p, _ in parts)                            # scenarios differ in bodies
+    for p, _ in parts:
+        p["course"] = F.pad(p["course"], (0, 0, 0, 0, 0, widest - p["course"].shape[1]))
+    return {k: torch.cat([p[k] for p, _ in parts]) for k in ("latent", "photo", "text", "owner", "course")}
 
 
 def get_batch(cfg, pool, step):
-    """The global batch of a step: indices, captions (some dropped), t and the noise; a function of (seed, step)."""
+    """The global batch of a step: indices, captions (some dropped), t, the noise, and in which clips the readout is put
+    right; a function of (seed, step)."""
     g = common.generator(cfg.seed, "sft", step)
     index = torch.randint(len(pool["latent"]), (cfg.batch,), generator=g)
     keep = torch.rand(cfg.batch, 1, generator=g) >= cfg.drop_text
     t = M.sample_t(cfg.batch, g, cfg.shift)
     shape = list(pool["latent"].shape[1:])
     return (index, pool["text"][index].long() * keep, t,
-            torch.randn(cfg.batch, shape[0], shape[1] - 1, *shape[2:], generator=g))
+            torch.randn(cfg.batch, shape[0], shape[1] - 1, *shape[2:], generator=g),
+            torch.rand(cfg.batch, 1, generator=g) < cfg.forced)
 
 
 class StageOne(nn.Module):
@@ -154,9 +167,9 @@ class StageOne(nn.Module):
         super().__init__()
         self.dit, self.encoder, self.visible, self.moving = dit, encoder, visible, moving
 
-    def forward(self, latent, photo, text, t, eps):
+    def forward(self, latent, photo, text, t, eps, truth=None):
         grid, frames = [n // 2 for n in latent.shape[3:]], latent.shape[2] - 1
-        phys = self.encoder(photo, grid, frames) if self.encoder is not None else None
+        phys = self.encoder(photo, grid, frames, truth) if self.encoder is not None else None
         x0 = latent[:, :, 1:]
         moves = (x0 - x0.mean(2, keepdim=True)).square().mean(1, keepdim=True).clamp_max(1)         # (B, 1, k, h, w)
         weight = self.visible * (1 + self.moving * moves)
@@ -181,7 +194,7 @@ def main():
     cfg = common.parse_config(Config, sys.argv[1:], PRESETS)
     common.check_range(cfg, clips=(1, 10**8), steps=(1, 10**8), batch=(1, 10**6), accumulate=(1, 10**4), lr=(0, 1),
                        adam_lr=(0, 1), warmup=(0, 10**8), weight_decay=(0, 1), shift=(0.01, 100), moving=(0, 1000),
-                       drop_text=(0, 1), ema=(0, 1), log_every=(1, 10**8), eval_every=(1, 10**8), eval_clips=(1, 10**4),
+                       drop_text=(0, 1), forced=(0, 1), ema=(0, 1), log_every=(1, 10**8), eval_every=(1, 10**8), eval_clips=(1, 10**4),
                        size=(16, 1024), frames=(5, 1001), fps=(1, 240))
     names = common.check_names("scenarios", cfg.scenarios, simdata.SCENARIOS)
     device, rank, world = common.setup(cfg.device)
@@ -291,7 +304,7 @@ def main():
         for optimizer, peak in optimizers.items():
             for group in optimizer.param_groups:
                 group["lr"] = peak * scale
-        index, words, t, eps = get_batch(cfg, pool, step)
+        index, words, t, eps, forced = get_batch(cfg, pool, step)
         raw.zero_grad(set_to_none=True)
         for i in range(cfg.accumulate):
             mine = slice((rank * cfg.accumulate + i) * micro, (rank * cfg.accumulate + i + 1) * micro)
@@ -303,9 +316,10 @@ def main():
                 model.require_backward_grad_sync = last
             latent = pool["latent"][index[mine]].to(device).float()
             photo = pool["photo"][index[mine]].to(device).float() / 127.5 - 1
+            right = [(pool["owner"][index[mine]] * forced[mine]).to(device), pool["course"][index[mine]].to(device)]
             said = models.read(M.tokens_to_strings(words[mine])) if text else words[mine, :M.BYTES]
             with common.autocast(device):
-                loss = model(latent, photo, said.to(device), take(t), take(eps))                    # (micro,)
+                loss = model(latent, photo, said.to(device), take(t), take(eps), right)             # (micro,)
             (loss.mean() / cfg.accumulate).backward()
             # the average over all t hides what matters: see which part of the path is being learned
             bins.index_add_(1, (t[mine] * 4).long().clamp_max(3), torch.stack([loss.detach().cpu(), torch.ones(micro)]))

@@ -1042,7 +1042,8 @@ def make_batch(scenario, batch_size, seed, split="train", frames=25, size=64, fp
       alive, dynamic, falls (B,N) bool; shape (B,N) index into SHAPES; half_extents (B,N,3) m; mass kg, restitution,
       friction (B,N); floor dict; gravity (B,3) m/s^2; camera dict: intrinsics (B,3,3), world_to_camera (B,4,4);
       caption list[str].
-      photo (B,3,S,S) in [-1,1], frame 0 at a resolution of its own, anti-aliased, if photo = S is given.
+      photo (B,3,S,S) in [-1,1], frame 0 at a resolution of its own, anti-aliased, if photo = S is given, and its
+      photo_mask (B,S,S).
     unseen: sizes and heights outside the training range. truth=False skips mask, depth, normal, flow, visible.
     filmed: stop the camera after so many frames; positions and the like still have all.
     jitter_seed: an int simulates the scene moved by half a pixel and 5 degrees instead (see jitter).
@@ -1063,7 +1064,8 @@ def make_batch(scenario, batch_size, seed, split="train", frames=25, size=64, fp
         fine = scene | dict(camera=scene["camera"] | dict(intrinsics=scene["camera"]["intrinsics"] * scale))
         still = {k: v[:, :1] for k, v in path.items()}
         for i, film in zip(range(0, batch_size, chunk), films):
-            film["photo"] = render(part(fine, i), part(still, i), photo, 2, truth=False)["video"][:, :, 0]
+            shot = render(part(fine, i), part(still, i), photo, 2)
+            film |= {"photo": shot["video"][:, :, 0], "photo_mask": shot["mask"][:, 0]}
     keep = ("alive", "dynamic", "falls", "shape", "half_extents", "mass", "restitution", "friction", "material",
             "color", "floor", "gravity", "camera", "light")
     return {k: torch.cat([f[k] for f in films]) for k in films[0]} | path | {k: scene[k] for k in keep} \
@@ -1103,7 +1105,7 @@ def export(folder, scenario, n, seed, split="train", unseen=False, size=64, fram
     for start in sorted({i // 32 * 32 for i in missing}):
         batch = make_batch(scenario, min(32, n - start), seed, split, frames, size, fps, start=start, unseen=unseen,
                            photo=2 * PHOTO)
-        flat = {k: v for k, v in batch.items() if torch.is_tensor(v) and k not in ("video", "photo")}
+        flat = {k: v for k, v in batch.items() if torch.is_tensor(v) and k not in ("video", "photo", "photo_mask")}
         flat |= {f"{k}.{j}": u for k, v in batch.items() if isinstance(v, dict) for j, u in v.items()}
         for i in (i for i in missing if i // 32 * 32 == start):
             path, b = f"{folder}/{name(i)}", i - start
