@@ -413,7 +413,7 @@ class PhysEncoder(nn.Module):
 
     @torch.no_grad()
     def features(self, image):
-        """-> (4 x (B, h * w, D), the patch grid (h, w), what is told of its cells): the head's arguments before `grid`."""
+        """-> (4 x (B, h * w, D), the patch grid (h, w), what is told of cells): the head's arguments before `grid`."""
         image = resize(image, self.config["input_size"], self.backbone.patch)
         features, patch_grid = self.backbone(image)[0], [n // self.backbone.patch for n in image.shape[-2:]]
         if self.readout is None:

@@ -83,8 +83,8 @@ PRESETS = {"nano": {}, "taste": FAST | dict(name="taste", pool="out/pool_taste",
            "small": dict(name="small", model="small", pool="out/pool_small", size=128, frames=33, clips=32768,
                          steps=20000, batch=128, lr=3e-3, adam_lr=1e-3, eval_every=2000)}
 PRESETS |= {name: dict(name=name, data=f"out/{name}_data", init_from=f"out/{name}_data/dit.safetensors",
-                       pool=f"out/pool_{name}", size=512, frames=49, fps=fps, steps=3000, lr=1e-5, adam_lr=1e-5,
-                       moving=1.0, checkpointing=True, eval_every=500)
+                       pool=f"out/pool_{name}", size=512, frames=49, fps=fps, foretell=False, steps=3000, lr=1e-5,
+                       adam_lr=1e-5, moving=1.0, checkpointing=True, eval_every=500)
             for name, fps in (("wan5b", 24), ("wan1.3b", 16))}
 PATCH = 14                                         # pixels of the photo a side, in every DINOv2
 SHARD = 512                                        # clips simulated and encoded at a time
@@ -194,8 +194,8 @@ def main():
     cfg = common.parse_config(Config, sys.argv[1:], PRESETS)
     common.check_range(cfg, clips=(1, 10**8), steps=(1, 10**8), batch=(1, 10**6), accumulate=(1, 10**4), lr=(0, 1),
                        adam_lr=(0, 1), warmup=(0, 10**8), weight_decay=(0, 1), shift=(0.01, 100), moving=(0, 1000),
-                       drop_text=(0, 1), forced=(0, 1), ema=(0, 1), log_every=(1, 10**8), eval_every=(1, 10**8), eval_clips=(1, 10**4),
-                       size=(16, 1024), frames=(5, 1001), fps=(1, 240))
+                       drop_text=(0, 1), forced=(0, 1), ema=(0, 1), log_every=(1, 10**8), eval_every=(1, 10**8),
+                       eval_clips=(1, 10**4), size=(16, 1024), frames=(5, 1001), fps=(1, 240))
     names = common.check_names("scenarios", cfg.scenarios, simdata.SCENARIOS)
     device, rank, world = common.setup(cfg.device)
     if M.CONFIGS.get(cfg.model, {}).get("text") != "bytes" and not cfg.init_from:
