@@ -323,13 +323,16 @@ def carried(occupied, cell, center, grid, frames, stride=4):
     is in a token, averaged over the `stride` frames of a latent frame; middle (B, cells, frames, P, 8): from the
     token's middle to the body's centre in each of them, in tokens. What lies beyond FUTURE is taken to rest."""
     when = torch.arange(stride * frames, device=cell.device).clamp_max(FUTURE - 1)
-    size = torch.tensor([2 / grid[1], 2 / grid[0]], device=cell.device)
-    y, x = ((torch.arange(n, device=cell.device) + 0.5) * 2 / n - 1 for n in grid)
-    token = torch.stack([x.repeat(len(y)), y.repeat_interleave(len(x))], -1)                         # (P, 2)
-    weight = (1 - ((cell[:, :, when, None] - token) / size).abs()).clamp_min(0).prod(-1)             # a tent, 2 wide
-    weight = weight.unflatten(2, (frames, stride)).mean(3) * occupied[..., None, None]
-    middle = ((center[:, :, when, None] - token) / size).clamp(-2, 2)                              # (B, cells, T, P, 2)
-    return weight, middle.unflatten(2, (frames, stride)).transpose(3, 4).flatten(4)
+
+    def offsets(where):                            # from the middles of columns and rows, in tokens
+        x, y = ((where[:, :, when, i, None] + 1) * (n / 2) - torch.arange(0.5, n, device=where.device)
+                for i, n in ((0, grid[1]), (1, grid[0])))
+        return x, y                                                                    # (B, cells, 4 frames, gw or gh)
+    x, y = ((1 - d.abs()).clamp_min(0) for d in offsets(cell))                         # a tent, two tokens wide
+    weight = (y[..., :, None] * x[..., None, :]).flatten(3).unflatten(2, (frames, stride)).mean(3)
+    x, y = (d.clamp(-2, 2).unflatten(2, (frames, stride)).transpose(3, 4) for d in offsets(center))
+    x, y = torch.broadcast_tensors(x[:, :, :, None], y[:, :, :, :, None])              # (B, cells, frames, gh, gw, 4)
+    return weight * occupied[..., None, None], torch.stack([x, y], -1).flatten(5).flatten(3, 4)
 
 
 def truth(clips, size, patches):
