@@ -6,7 +6,7 @@ number means (truth re-parsed, VAE round trip, jittered truth, static, teleport)
     python eval.py --split=test --n=512 --json=out/eval.json
     python eval.py --ckpt=out/sft/dit.safetensors --head=out/sft/head1.safetensors
     python eval.py --clips=FOLDER                   # on clips of any origin, see simdata.py
-    torchrun --nproc_per_node=8 eval.py --n=4096
+    torchrun --nproc_per_node=8 -- eval.py --n=4096  # without -- torchrun takes --n for one of its own
 
 The parser knows the first frame and its masks, never the truth's future; its own error is the row "truth re-parsed".
 Metrics that PISA (2503.09595), phyworld (2411.02385) or Physics-IQ (2501.09038) define keep their definition; the
