@@ -211,6 +211,15 @@ def average(value, device):
     return tensor if torch.is_tensor(value) else tensor.item()
 
 
+def gather(value):
+    """Any (picklable) value of every rank, in order -> list; the same on each of them."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 class Stop:
     """Ctrl-C or SIGTERM sets `stop.now`; the training loop saves and ends by itself. A second Ctrl-C is immediate.
 

@@ -6,6 +6,7 @@ number means (truth re-parsed, VAE round trip, jittered truth, static, teleport)
     python eval.py --split=test --n=512 --json=out/eval.json
     python eval.py --ckpt=out/sft/dit.safetensors --head=out/sft/head1.safetensors
     python eval.py --clips=FOLDER                   # on clips of any origin, see simdata.py
+    torchrun --nproc_per_node=8 eval.py --n=4096
 
 The parser knows the first frame and its masks, never the truth's future; its own error is the row "truth re-parsed".
 Metrics that PISA (2503.09595), phyworld (2411.02385) or Physics-IQ (2501.09038) define keep their definition; the
@@ -17,6 +18,7 @@ import sys
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
@@ -327,16 +329,19 @@ def reference_rows(batch, again, vae, device):
 def evaluate(models, split, n, seed=0, unseen=False, scenario="drop", best_of=1, references=True, chunk=64, steps=12,
              cfg=1.0, guide=1.0, temperature=1.0, clips=None, size=64, frames=25, fps=16):
     """Generate and measure n scenes of a split. models: {row name: sample.Models}. -> {row: {metric: (n,) tensor}}.
+    Under torchrun the ranks share the scenes, and all get all results.
 
     clips: a simdata.Clips, from which the scenes are taken instead; such have no jittered truth.
     steps, cfg, guide, temperature: as in sample.generate; models need `weak` if guide is not 1, and `text` if the DiT
     reads features. size, frames, fps: of the clips.
     best_of > 1 adds the row "<name>, oracle best of k": the sample of lowest traj_l2, what choosing could reach."""
-    rows, first = {}, next(iter(models.values()))
+    parts, first = {}, next(iter(models.values()))                                   # {first scene: {row: metrics}}
     vae, device = first.vae, next(first.vae.parameters()).device
     form = dict(size=size, frames=frames, fps=fps)
     photo_size = first.encoder.config["input_size"] if first.encoder is not None else simdata.PHOTO
-    for start in tqdm(range(0, n, chunk), desc=f"{split}, {'unseen' if unseen else 'seen'}"):
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    for start in tqdm(range(0, n, chunk)[rank::world], desc=f"{split}, {'unseen' if unseen else 'seen'}",
+                      disable=rank > 0):
         count = min(chunk, n - start)
         where = form | dict(seed=seed, split=split, start=start, unseen=unseen)
         batch, videos, again = clips.read(start, count) if clips else simdata.make_batch(
@@ -357,10 +362,10 @@ def evaluate(models, split, n, seed=0, unseen=False, scenario="drop", best_of=1,
             if best_of > 1:
                 error = torch.stack([measure(v, batch, fps, detail=False)["traj_l2"].nan_to_num(1) for v in draws])
                 videos[f"{name}, oracle best of {best_of}"] = draws[error.argmin(0), torch.arange(count)]
-        for row, video in videos.items():
-            for metric, value in measure(video, batch, fps).items():
-                rows.setdefault(row, {}).setdefault(metric, []).append(value)
-    return {row: {k: torch.cat(v) for k, v in metrics.items()} for row, metrics in rows.items()}
+        parts[start] = {row: measure(video, batch, fps) for row, video in videos.items()}
+    parts = dict(sorted((start, part) for share in common.gather(parts) for start, part in share.items()))
+    rows = next(iter(parts.values()), {})
+    return {row: {k: torch.cat([part[row][k] for part in parts.values()]) for k in rows[row]} for row in rows}
 
 
 COLUMNS = ("traj_l2", "traj_l2_flight", "traj_l2_contact", "pisa_l2", "pisa_chamfer", "pisa_iou", "g_ratio",
@@ -432,7 +437,7 @@ def main():
         if "mask" not in folder.truth:
             raise common.InputError(f"--clips={cfg.clips}: not all clips have a mask; expected NAME.npz with at least "
                                     "the masks of the bodies, by which they are found again")
-    device, _, _ = common.setup(cfg.device)
+    device, rank, _ = common.setup(cfg.device)
     guide = sample.guidance(cfg)
     models = {f"Stage {'I' * int(s)}": sample.load_models(cfg.data, int(s), cfg.ckpt, cfg.head, device, guide != 1)
               for s in cfg.stages.split(",")}
@@ -450,8 +455,9 @@ def main():
             m.text = text
     if cfg.clips:
         per_row = {cfg.clips: evaluate(models, cfg.split, min(cfg.n, len(folder)), cfg.seed, clips=folder, **options)}
-        if folder.broken:
-            print(f"left out {len(folder.broken)} broken clips: " + "; ".join(folder.broken))
+        broken = sum(common.gather(folder.broken), [])
+        if broken and rank == 0:
+            print(f"left out {len(broken)} broken clips: " + "; ".join(broken))
         if not per_row[cfg.clips]:
             raise common.InputError(f"--clips={cfg.clips}: no clip could be read")
     else:
@@ -466,10 +472,13 @@ def main():
         for name, rows in per_row.items():
             a, b = rows[row], rows[stages[0]]
             result.setdefault(f"{row} - {stages[0]}, paired", {})[name] = summary({k: a[k] - b[k] for k in a})
-    print(table(result))
-    if cfg.json:
+    if rank == 0:
+        print(table(result))
+    if cfg.json and rank == 0:
         with common.atomic(cfg.json) as tmp, open(tmp, "w") as f:
             json.dump(result, f, indent=1)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ Parity with diffusers and transformers is checked where these are installed and 
 """
 import contextlib
 import hashlib
+import importlib
+import io
 import json
 import math
 import os
@@ -35,14 +37,30 @@ from common import InputError
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 torch.set_num_threads(2)
+os.environ["OMP_NUM_THREADS"] = "2"                # in processes of their own, too: sums depend on it in the last bit
 
 
-def run(*command, ok=True, cwd=None, timeout=300):
-    """Run one of our scripts as a user would -> CompletedProcess. The output folder out/ is then in cwd."""
-    command = [sys.executable, os.path.join(HERE, command[0]), *command[1:]]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout)
-    assert not ok or done.returncode == 0, done.stderr[-2000:]
-    return done
+def run(script, *flags, ok=True, cwd=None):
+    """Run one of our scripts as `python script flags` in cwd would, its output folder out/ is then there
+    -> CompletedProcess. It runs in this process, for starting one takes seconds; the README's commands, what is
+    stopped and what has ranks get processes of their own."""
+    module = importlib.import_module(script[:-3].replace("/", "."))
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    handlers = {sig: signal.getsignal(sig) for sig in (signal.SIGINT, signal.SIGTERM)}
+    argv, random = sys.argv, torch.get_rng_state()
+    sys.argv = [script, *map(str, flags)]
+    try:
+        with contextlib.chdir(cwd or os.getcwd()), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            common.run(module.main)
+    except SystemExit as end:
+        code = end.code or 0
+    finally:
+        sys.argv = argv
+        torch.set_rng_state(random)
+        for sig, handler in handlers.items():
+            signal.signal(sig, handler)
+    assert not ok or code == 0, err.getvalue()[-2000:]
+    return subprocess.CompletedProcess([script, *flags], code, out.getvalue(), err.getvalue())
 
 
 def refused(*command, cwd, says):
@@ -708,16 +726,52 @@ def test_shipped_readout_foretells():
     """In closed form, on the frozen backbone: it must know nearly what the backbone was trained for (0.034)."""
     encoder = E.load_phys_encoder(f"{HERE}/data/backbone.safetensors", config={"out_dim": 8, "foretell": True})
     batch = simdata.make_batch("drop", 96, 5, "val", photo=simdata.PHOTO, filmed=1)
-    features, grid, (occupied, cell, center) = encoder.features(batch["photo"])
-    owner = F.pixel_unshuffle(E.cells(batch["mask"][:, 0], 8)[:, None].float(), 2).flatten(2).mT.flatten(1).long()
+    features, grid, told = encoder.features(batch["photo"])
+    occupied, cell, center, colour = told
+    owner, path = E.truth(batch, 64, 8)
     assert ((occupied > 0.5) == (owner > 0)).float().mean() > 0.98                   # 0.91 if none is said to be there
-    body = E.bodies(batch, 64)
     n, c = (owner > 0).nonzero().unbind(1)
-    true = body[n, owner[n, c] - 1]
-    path = true[:, None, :2] + true[:, E.STATE:].unflatten(1, (E.FUTURE, 2))
+    k = owner[n, c].long() - 1
+    true, path = E.bodies(batch, 64)[n, k], path[n, k]
+    assert torch.allclose(path, true[:, None, :2] + true[:, E.STATE:].unflatten(1, (E.FUTURE, 2)), atol=1e-5)
     off = lambda x: (x - path).norm(dim=-1).mean() / math.sqrt(8)
     assert off(center[n, c]) < 0.045 < 0.15 < off(true[:, None, :2])
     assert (cell[n, c] - center[n, c]).norm(dim=-1).median() < 0.3                   # a cell stays with its body
+    # a cell has the colour of what covers it
+    hue = F.normalize(batch["color"][n, k] - batch["color"][n, k].mean(1, keepdim=True), dim=1)
+    assert (F.normalize(colour[n, c] - colour[n, c].mean(1, keepdim=True), dim=1) * hue).sum(1).median() > 0.95
+
+
+def test_the_readout_is_put_right():
+    """corrected moves all cells of a body alike, so that on average they say the truth, in the mirror as well; tokens
+    of frame 0 stay. Clips that do not know where their bodies go leave the readout as it is."""
+    encoder = E.load_phys_encoder(f"{HERE}/data/backbone.safetensors", config={"out_dim": 8, "foretell": True})
+    batch = simdata.make_batch("drop", 16, 9, "val", photo=simdata.PHOTO, filmed=1)
+    turned = batch | {k: batch[k].flip(-1) for k in ("photo", "photo_mask")}
+    (owner, path), (turned_owner, turned_path) = E.truth(batch, 64, 8), E.truth(turned, 64, 8)
+    assert torch.equal(path, turned_path)          # the caller's to mirror: positions are not
+    for photo, owner, path in ((batch["photo"], owner, path),
+                               (turned["photo"], turned_owner, path * torch.tensor([-1.0, 1.0]))):
+        told = encoder.features(photo)[2]
+        right = E.corrected(told, owner, path)
+        nobody = owner == 0
+        for i in (1, 2):
+            assert torch.equal(right[i][nobody], told[i][nobody])
+        assert torch.equal(right[0], told[0]) and torch.equal(right[3], told[3])
+        for k in range(path.shape[1]):
+            for b in (owner == k + 1).any(1).nonzero().flatten():
+                mine, move = owner[b] == k + 1, right[2][b] - told[2][b]
+                assert (right[2][b, mine].mean(0) - path[b, k]).abs().max() < 1e-5
+                assert (move[mine] - move[mine][0]).abs().max() < 1e-5
+                assert torch.allclose(right[1][b, mine] - told[1][b, mine], move[mine], atol=1e-5)
+                near = move[mine][0].norm(dim=-1).mean() / math.sqrt(8)              # the readout's own error
+                assert near < 0.35
+    plain, forced = encoder(photo, (4, 4), 6), encoder(photo, (4, 4), 6, (owner, path))
+    assert torch.equal(plain[:, :16], forced[:, :16]) and (plain - forced)[:, 16:].abs().max() > 0.01
+    for known in ({}, {"mask": batch["mask"]}):
+        nothing = E.truth({"video": batch["video"]} | known, 64, 8)
+        assert nothing[0].shape == owner.shape and not nothing[0].any()
+        assert torch.equal(encoder(photo, (4, 4), 6, nothing), plain)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1560,6 +1614,10 @@ def test_clips_on_disk(tmp_path, monkeypatch):
         latent = vae.encode(back["video"][6:])
     assert len(pool["latent"]) == len(pool["photo"]) == 16                           # and mirrored
     assert (pool["latent"][6:8].float() - latent).abs().mean() < 0.02
+    assert (pool["owner"] > 0).any(1).all()        # the truth goes along,
+    assert torch.equal(pool["course"][8:, ..., 0], -pool["course"][:8, ..., 0])      # mirrored, too
+    cell = pool["owner"].unflatten(1, (8, 8, 2, 2)).transpose(2, 3)
+    assert torch.equal(cell[8:], cell[:8].flip(2, 4))
     assert M.tokens_to_strings(pool["text"][8:]) == back["caption"]
 
     # clips from elsewhere: masks alone, other pixels and rates, no index, nothing at all
@@ -1609,6 +1667,14 @@ def test_simdata_and_eval_commands(tmp_path):
     assert result["Stage I"]["seen"]["traj_l2"].keys() == {"mean", "low", "high", "n"}
     assert (result["Stage I, oracle best of 2"]["seen"]["traj_l2"]["mean"]
             <= result["Stage I"]["seen"]["traj_l2"]["mean"])
+    # two ranks share the scenes and come to the same
+    two_ranks(f"{HERE}/eval.py", f"--data={HERE}/data", "--n=2", "--steps=2", "--chunk=1", "--json=ranks.json",
+              "--device=cpu", cwd=tmp_path)
+    ranks = json.load(open(tmp_path / "ranks.json"))
+    for row in ("truth re-parsed", "static", "Stage I"):
+        for split in ("seen", "unseen"):
+            one, two = (x[row][split]["traj_l2"] for x in (result, ranks))
+            assert one["n"] == two["n"] and one["mean"] == pytest.approx(two["mean"], abs=0.02), (row, split)
 
 
 def test_sample_command(tmp_path):
@@ -1695,6 +1761,10 @@ def test_bad_input_is_refused(tmp_path):
                        ("--data=folder", "does not exist"), ("--device=quantum", "cuda")):
         refused("sample.py", "ok.png", *([] if flag.startswith("--data") else [data]), flag, cwd=tmp_path, says=says)
     refused("sample.py", cwd=tmp_path, says="which image")
+    alone = subprocess.run([sys.executable, f"{HERE}/sample.py", "none.png"], cwd=tmp_path, capture_output=True,
+                           text=True)              # in a process of its own it is the same
+    assert alone.returncode == 2 and alone.stderr.startswith("error: none.png does not exist;")
+    assert alone.stderr.count("\n") == 1
     refused("eval.py", "--scenario=drop,roll", cwd=tmp_path, says="expected one of")
     refused("sft.py", "--scenarios=drop,fly", cwd=tmp_path, says="'fly' is unknown")
     refused("eval.py", "--split=train", cwd=tmp_path, says="val or test")
