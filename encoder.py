@@ -400,7 +400,8 @@ class PhysEncoder(nn.Module):
     foretell=True there is a frozen `readout`, too, and tokens for the frames to come.
 
     forward(image (B, 3, H, W) in [-1, 1] of any size, grid=(gh, gw), frames=0) -> (B, gh * gw, out_dim), row by row,
-    and if it foretells (B, (1 + frames) * gh * gw, out_dim), for so many latent frames of 1/4 s.
+    and if it foretells (B, (1 + frames) * gh * gw, out_dim), for so many latent frames of 1/4 s. With `truth`, what the
+    function of that name returns, the readout is put right first: Stage I trains so.
     `features` and `head` can be called apart, for instance to run one backbone pass for a policy and its reference."""
     def __init__(self, config):
         super().__init__()
