@@ -1617,7 +1617,7 @@ def test_clips_on_disk(tmp_path, monkeypatch):
     assert (pool["latent"][6:8].float() - latent).abs().mean() < 0.02
     assert (pool["owner"] > 0).any(1).all()        # the truth goes along,
     assert torch.equal(pool["course"][8:, ..., 0], -pool["course"][:8, ..., 0])      # mirrored, too
-    cell = pool["owner"].unflatten(1, (8, 8, 2, 2)).transpose(2, 3)
+    cell = pool["owner"].unflatten(1, (8, 8, 2, 2))                            # rows, columns of patches, then of cells
     assert torch.equal(cell[8:], cell[:8].flip(2, 4))
     assert M.tokens_to_strings(pool["text"][8:]) == back["caption"]
 
