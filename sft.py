@@ -201,7 +201,8 @@ def main():
     if M.CONFIGS.get(cfg.model, {}).get("text") != "bytes" and not cfg.init_from:
         raise common.InputError(f"--model={cfg.model}: expected nano, small or guide; other ones come with --init_from")
     if cfg.phys and cfg.foretell and cfg.fps != 16:
-        raise common.InputError(f"--fps={cfg.fps}: what is foretold is of 16 fps; expected --fps=16 or --foretell=False")
+        raise common.InputError(f"--fps={cfg.fps}: what is foretold is at 16 fps; expected --fps=16 or "
+                                "--foretell=False")
     if cfg.fsdp and (world == 1 or cfg.eval_clips % (8 * world)):
         raise common.InputError(f"--fsdp=True shards over the ranks of torchrun, here {world}; expected 2 or more, and "
                                 f"--eval_clips a multiple of {8 * world}, 8 a rank, so that all sample alike")
