@@ -318,6 +318,12 @@ class Readout(nn.Linear):
         return occupied[..., 0].sigmoid(), cell + path, center[:, :, None] + path
 
 
+def mirrored(told, patch_grid):
+    """A Readout's answers about a picture -> those about the mirrored picture."""
+    occupied, cell, center = (x.unflatten(1, (*patch_grid, 2, 2)).flip(2, 4).flatten(1, 4) for x in told)
+    return occupied, cell * cell.new_tensor([-1, 1]), center * center.new_tensor([-1, 1])
+
+
 def carried(occupied, cell, center, grid, frames, stride=4):
     """Where the cells of Readout's answers will be among the tokens -> weight (B, cells, frames, P): how much of a cell
     is in a token, averaged over the `stride` frames of a latent frame; middle (B, cells, frames, P, 8): from the
@@ -422,9 +428,13 @@ class PhysEncoder(nn.Module):
         features, patch_grid = self.backbone(image)[0], [n // self.backbone.patch for n in image.shape[-2:]]
         if self.readout is None:
             return features, patch_grid, None
+        told = self.readout(features[-1], patch_grid)
+        # a mirrored world obeys the same laws: its picture is a second opinion
+        other = mirrored(self.readout(self.backbone(image.flip(-1))[0][-1], patch_grid), patch_grid)
+        told = [(a + b) / 2 for a, b in zip(told, other)]
         colour = F.adaptive_avg_pool2d(image, [2 * n for n in patch_grid])             # (B, 3, 2 h, 2 w)
         colour = F.pixel_unshuffle(colour, 2).unflatten(1, (3, 4)).permute(0, 3, 4, 2, 1).flatten(1, 3)
-        return features, patch_grid, (*self.readout(features[-1], patch_grid), colour)
+        return features, patch_grid, (*told, colour)
 
     def forward(self, image, grid, frames=0, truth=None):
         features, patch_grid, told = self.features(image)
@@ -723,16 +733,15 @@ def main():
         """Fit a Readout to the backbone as it is on disk; it goes beside it."""
         backbone = load_phys_encoder(out, config={"out_dim": 1}).backbone.to(device)
         readout, path = fit_readout(backbone, train, device), f"{os.path.dirname(out) or '.'}/readout.safetensors"
-        grid, error = [photo // config["patch_size"]] * 2, []
+        common.save_weights(path, readout, {"dim": config["dim"]})
+        encoder, error = load_phys_encoder(out, config={"out_dim": 1, "foretell": True}).to(device), []
         for image, mask, body in zip(*(val[k].split(64) for k in ("image", "mask", "body"))):
-            tokens = backbone(image.to(device).float() / 127.5 - 1)[0][-1]
-            center = readout(tokens, grid)[2].cpu()                                    # (B, 4 L, FUTURE, 2)
+            center = encoder.features(image.to(device).float() / 127.5 - 1)[2][2].cpu()  # (B, 4 L, FUTURE, 2)
             owner = F.pixel_unshuffle(cells(mask, patches)[:, None].float(), 2).flatten(2).mT.flatten(1)  # (B, 4 L)
             mine = F.one_hot(owner.long(), body.shape[1] + 1)[..., 1:].float()
             center = torch.einsum("bcm,bcfx->bmfx", mine, center) / mine.sum(1).clamp(min=1)[..., None, None]
             move = (center - body[:, :, None, :2]).flatten(2)
             error.append(path_l2(torch.cat([body[..., :STATE], move], -1), body))
-        common.save_weights(path, readout, {"dim": config["dim"]})
         print(f"wrote {path}: foretold centres off by {torch.cat(error).nanmean():.4f} of the diagonal on val scenes")
 
     if cfg.backbone:

@@ -742,6 +742,20 @@ def test_shipped_readout_foretells():
     assert (F.normalize(colour[n, c] - colour[n, c].mean(1, keepdim=True), dim=1) * hue).sum(1).median() > 0.95
 
 
+def test_what_is_foretold_is_mirrored_with_the_picture():
+    """Exactly, for the mirrored picture is asked as well; and what either says alone would be worse."""
+    encoder = E.load_phys_encoder(f"{HERE}/data/backbone.safetensors", config={"out_dim": 8, "foretell": True})
+    batch = simdata.make_batch("drop", 64, 7, "val", photo=simdata.PHOTO, filmed=1)
+    (features, grid, told), turned = encoder.features(batch["photo"]), encoder.features(batch["photo"].flip(-1))[2]
+    for a, b in zip(E.mirrored(told[:3], grid), turned):
+        assert torch.allclose(a, b, atol=1e-4)
+    owner, path = E.truth(batch, 64, 8)
+    n, c = (owner > 0).nonzero().unbind(1)
+    both, alone = ((center[n, c] - path[n, owner[n, c].long() - 1]).norm(dim=-1).mean()
+                   for center in (told[2], encoder.readout(features[-1], grid)[2]))
+    assert both < alone
+
+
 def test_the_readout_is_put_right():
     """corrected moves all cells of a body alike, so that on average they say the truth, in the mirror as well; tokens
     of frame 0 stay. Clips that do not know where their bodies go leave the readout as it is."""
