@@ -986,6 +986,23 @@ def test_embed_text_parity(tmp_path):
     assert ours["text"].shape == (4, 40) and ours["negative"].shape == (2, 40) and config["prompt"] == "a ball  falls"
     for key, want in (("text", text), ("negative", negative)):
         assert (F.pad(ours[key], (0, 0, 0, 16 - len(ours[key]))) - want[0]).abs().max() <= 1e-5, key
+    # the same encoder as Wan's own file, under Wan's names
+    names = {"shared": "token_embedding", "encoder.final_layer_norm": "norm"}
+    for i in range(2):
+        names |= {f"encoder.block.{i}.layer.{a}": f"blocks.{i}.{b}" for a, b in {
+            **{f"0.SelfAttention.{x}": f"attn.{x}" for x in "qkvo"}, "0.layer_norm": "norm1", "1.layer_norm": "norm2",
+            "0.SelfAttention.relative_attention_bias": "pos_embedding.embedding", "1.DenseReluDense.wi_0": "ffn.gate.0",
+            "1.DenseReluDense.wi_1": "ffn.fc1", "1.DenseReluDense.wo": "ffn.fc2"}.items()}
+    tensors = {f"{names[k[:-7]]}.weight": v for k, v in encoder.state_dict().items() if "embed_tokens" not in k}
+    assert len(tensors) == 2 + 2 * 10
+    own, flags = tmp_path / "own", ["--encoder=own", "--prompt=a ball  falls", "--negative=a", "--out=o.safetensors"]
+    tokenizer.save_pretrained(own / "google/umt5-xxl")
+    torch.save(tensors, own / "models_t5_umt5-xxl-enc-bf16.pth")
+    run("data/embed_text.py", *flags, "--device=cpu", cwd=tmp_path)
+    same = read_all(tmp_path / "o.safetensors")
+    assert all((ours[key] - same[key]).abs().max() <= 1e-5 for key in ("text", "negative"))
+    torch.save({"x.weight": torch.zeros(2)}, own / "models_t5_umt5-xxl-enc-bf16.pth")
+    refused("data/embed_text.py", *flags, "--device=cpu", cwd=tmp_path, says="is no umT5 as Wan keeps it")
 
 
 def test_round_trip_parity(tmp_path, monkeypatch):
