@@ -177,7 +177,7 @@ def make_pairs(cfg, models, device, rank, world):
                 x0 = sample.generate_latent(models, first, text.to(device), phys,
                                             [("pairs", seed, start + i, k) for i in range(count)], cfg.frames,
                                             steps=cfg.sampler_steps)
-                video = models.vae.decode(torch.cat([first, x0], 2)).cpu()
+                video = models.vae.decode(torch.cat([first, x0], 2), 0 if cfg.size <= sample.SMALL else 2).cpu()
                 latents.append(x0.cpu()), scores.append(score(video, batch, weights))
         latents, scores = torch.stack(latents), torch.stack(scores)                  # (K, B, ...), (K, B)
         best, worst, every = scores.argmax(0), scores.argmin(0), torch.arange(count)
@@ -260,8 +260,9 @@ def train(cfg, stage, models, pairs, folder, stop, device, rank, world):
         """traj_l2 on val scenes, the same scenes and noise each time. This, not the loss, is what the stage is for."""
         total, names = torch.zeros(2), cfg.scenarios.split(",")
         raw.eval()
-        for i in range(rank * 16, cfg.eval_clips, world * 16):
-            count = min(16, cfg.eval_clips - i)
+        most = 16 if cfg.size <= sample.SMALL else 1
+        for i in range(rank * most, cfg.eval_clips, world * most):
+            count = min(most, cfg.eval_clips - i)
             scenario = names[i // 16 % len(names)]
             batch = simdata.make_batch(scenario, count, 0, "val", **form(cfg, models), start=i)
             video = sample.generate(models, batch["video"][:, :, 0].to(device), batch["caption"],

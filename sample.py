@@ -29,6 +29,7 @@ from common import InputError
 
 # chosen on the val split, data/RESULTS.md
 DEFAULT_STAGE, DEFAULT_CFG, DEFAULT_GUIDE, DEFAULT_TEMPERATURE = 3, 4.0, 2.5, 0.45
+SMALL = 128                                        # pixels a side; larger clips are made one by one, decoded in parts
 
 
 @dataclass
@@ -174,11 +175,11 @@ def generate_latent(models, image, text, phys, keys, frames=25, steps=12, shift=
 
 @torch.no_grad()
 def generate(models, image, captions, keys, frames=25, steps=12, shift=3.0, cfg=1.0, solver="ab2", progress=None,
-             guide=1.0, temperature=1.0, photo=None, null=None, chunk=0):
+             guide=1.0, temperature=1.0, photo=None, null=None, chunk=None):
     """image (B, 3, H, W) in [-1, 1], B captions, B noise keys (int or tuple) -> video (B, 3, frames, H, W) in [-1, 1].
 
     A DiT that reads features of an outside text encoder takes captions as those (B, L, text_dim), and for cfg those of
-    the negative prompt as null. chunk: latent frames that the VAE decodes at a time; 0 is all.
+    the negative prompt as null. chunk: latent frames that the VAE decodes at a time; 0 is all, None 0 or 2 by size.
     photo (B, 3, S, S): the same picture for the encoder, which may be finer than the video; by default the image.
     cfg guides by the text, guide away from models.weak, as in model.sample. The noise of a clip depends on its key
     alone, not on the batch, the rank or the device; its scale is the temperature: 1 samples what the model was trained
@@ -192,6 +193,8 @@ def generate(models, image, captions, keys, frames=25, steps=12, shift=3.0, cfg=
         text = (captions if torch.is_tensor(captions) else models.read(captions)).to(device)
         x0 = generate_latent(models, first, text, phys, keys, frames, steps, shift, cfg, solver, progress,
                              guide, temperature, null)
+        if chunk is None:
+            chunk = 0 if max(image.shape[-2:]) <= SMALL else 2
         video = models.vae.decode(torch.cat([first, x0], 2), chunk)
     return torch.cat([image[:, :, None], video[:, :, 1:]], 2)                        # frame 0 is the image, exactly
 

@@ -276,8 +276,9 @@ def main():
         scores, shown = [], []
         raw.eval()
         with ema.applied(raw):
-            for start in range(rank * 8, cfg.eval_clips, world * 8):
-                count = min(8, cfg.eval_clips - start)
+            most = 8 if cfg.size <= sample.SMALL else 1
+            for start in range(rank * most, cfg.eval_clips, world * most):
+                count = min(most, cfg.eval_clips - start)
                 scenario = names[start // 8 % len(names)]
                 batch = simdata.make_batch(scenario, count, 0, "val", cfg.frames, cfg.size, cfg.fps, start=start,
                                            photo=pixels)
