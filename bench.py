@@ -4,27 +4,39 @@ the same thing.
 
     python bench.py                       # everything that runs here
     python bench.py --only=dit --repeat=9
+    python bench.py --only=memory         # of training the published sizes, counted without owning that much
 
 The peers are diffusers' classes with the same random weights; without diffusers only our times are shown.
 """
 import contextlib
+import re
+import resource
 import statistics
 import sys
 import time
+import weakref
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import common
+import dpo
+import encoder as E
 import model as M
 import sample
+import sft
 import simdata
 import vae as V
 
 
 @dataclass
 class Config:
-    only: str = "all"               # all, world, vae, dit or sample
+    only: str = "all"               # all, world, vae, dit, sample or memory
     repeat: int = 5                 # timed repetitions, after one warm-up
     batch: int = 32                 # clips
     data: str = "data"              # folder with the shipped weights
@@ -154,10 +166,94 @@ def sampling(cfg, device):
           f"the encoder and its tokens cost {100 * (with_encoder / without - 1):.0f} %")
 
 
+class Alive(TorchDispatchMode):
+    """Counts the bytes of the tensors made under it that are still alive, views of one storage once: now, and peak."""
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.storages = 0, 0, {}
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        for storage in (x.untyped_storage() for x in tree_leaves(out) if torch.is_tensor(x)):
+            if id(storage) not in self.storages:
+                def gone(_, key=id(storage), size=storage.nbytes()):
+                    self.now -= size
+                    del self.storages[key]
+                self.storages[id(storage)] = weakref.ref(storage, gone)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+        return out
+
+
+def count_step(stage, config, backbone, latent, ranks=1):
+    """Two training steps of Stage I (all weights) or II (LoRA, winner and loser in turn) with batch 1 a rank, blocks
+    computed again in the backward pass, bf16 as on a GPU. latent: (frames after frame 0, height, width).
+    -> bytes kept between steps, bytes at the peak; on each of the ranks, if FSDP2 shards what is trained over them."""
+    M.rotary_table.cache_clear()
+    alive, (k, h, w) = Alive(), latent
+    # what a GPU does: fused attention in bf16
+    fused = lambda q, k, v: F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
+    with alive, mock.patch.object(common, "attention", fused):
+        dit = M.add_phys(M.VideoDiT(config))
+        encoder = E.PhysEncoder(E.CONFIGS[backbone] | {"out_dim": config["dim"]})
+        dit.checkpointing = True
+        if stage == 2:
+            for name, p in dit.named_parameters():
+                p.data = p.data if re.search(M.VideoDiT.FLOAT32, name) else p.data.bfloat16()
+            M.add_lora(dit, 16, 32)
+            net = dpo.Policy(dit, encoder.head.requires_grad_(False))
+        else:
+            net = sft.StageOne(dit, encoder)
+        trained = {n: p for n, p in net.named_parameters() if p.requires_grad}
+        second = {n: p.detach().clone() for n, p in trained.items()}                 # the reference, or the average
+        optimizer = torch.optim.AdamW(trained.values(), foreach=False)
+        C, side = config["in_dim"], E.CONFIGS[backbone]["input_size"]
+        first, clips = torch.randn(1, C, 1, h, w), [torch.randn(1, C, k, h, w) for _ in range(2)]
+        eps, t, photo = torch.randn(1, C, k, h, w), torch.rand(1), torch.rand(1, 3, side, side)
+        text = torch.randn(1, config["text_len"], config["text_dim"])
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16):
+                if stage == 1:
+                    net(torch.cat([first, clips[0]], 2), photo, text, t, eps).sum().backward()
+                else:
+                    with torch.no_grad():
+                        seen = encoder.features(photo)
+                        torch.func.functional_call(net, second, (seen, first, clips, text, t, eps))
+                    for clip in clips:
+                        net(seen, first, [clip], text, t, eps)[0].sum().backward()
+            peak, alive.peak = alive.peak, alive.now                                 # of the last step: all exists
+            optimizer.step()
+            optimizer.zero_grad()
+        kept, gradients = alive.now, sum(p.numel() * p.element_size() for p in trained.values())
+    extra = max(peak, alive.peak) - kept - gradients
+    return kept / ranks, (kept + gradients) / ranks + extra
+
+
+def memory(cfg, device):
+    small = M.CONFIGS["wan1.3b"] | dict(num_layers=4)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024               # bytes, on Linux
+    _, real = count_step(2, small, "nano", (12, 30, 52))
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    with FakeTensorMode():
+        _, counted = count_step(2, small, "nano", (12, 30, 52))
+    print(f"four blocks of wan1.3b, Stage II: counted {counted / 1e9:.2f} GB without data, {real / 1e9:.2f} GB with "
+          f"data; the process grew by {resident / 1e9:.2f} GB")
+    for name, stage, ranks, height, width in (("wan1.3b", 2, 1, 480, 832), ("wan5b", 2, 1, 480, 832),
+                                              ("wan1.3b", 1, 1, 512, 512), ("wan5b", 1, 8, 512, 512)):
+        version, stride = ("wan2.1", 8) if name == "wan1.3b" else ("wan2.2", 16)
+        with torch.device("meta"):
+            vae = 4 * sum(p.numel() for p in V.VideoVAE(V.CONFIGS[version]).parameters())
+        with FakeTensorMode():
+            kept, peak = count_step(stage, M.CONFIGS[name], "dinov2_vitb14", (12, height // stride, width // stride),
+                                    ranks)
+        print(f"{name}, Stage {'I' * stage}, 49 frames of {width} x {height}, batch 1 on each of {ranks}: "
+              f"{(kept + vae) / 1e9:.1f} GB between steps, peak {(peak + vae) / 1e9:.1f} GB")
+
+
 def main():
     cfg = common.parse_config(Config, sys.argv[1:])
     common.check_range(cfg, repeat=(1, 1000), batch=(1, 4096))
-    parts = {"world": world, "vae": vae, "dit": dit, "sample": sampling}
+    parts = {"world": world, "vae": vae, "dit": dit, "sample": sampling, "memory": memory}
     if cfg.only not in ("all", *parts):
         raise common.InputError(f"--only={cfg.only}: expected all, {', '.join(parts)}")
     device, _, _ = common.setup(cfg.device)

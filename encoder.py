@@ -307,21 +307,52 @@ class Readout(nn.Linear):
         super().__init__(dim, 4 * (3 + 2 * FUTURE))
 
     def forward(self, tokens, patch_grid):
-        gh, gw = patch_grid
         with torch.autocast(tokens.device.type, enabled=False):
             said = super().forward(tokens.float()).unflatten(-1, (4, -1)).flatten(1, 2)              # (B, 4 L, known)
         occupied, center, path = said.split([1, 2, 2 * FUTURE], -1)
-        y, x = ((torch.arange(2 * n, device=tokens.device) + 0.5) / n - 1 for n in (gh, gw))
-        cell = torch.stack([x.expand(2 * gh, -1), y[:, None].expand(-1, 2 * gw)])                    # (2, 2 gh, 2 gw)
-        cell = F.pixel_unshuffle(cell, 2).unflatten(0, (2, 4)).permute(2, 3, 1, 0).reshape(1, -1, 1, 2)
+        cell = middles(patch_grid, tokens.device)[:, None]                             # (4 L, 1, 2)
         path = path.unflatten(-1, (FUTURE, 2))
         return occupied[..., 0].sigmoid(), cell + path, center[:, :, None] + path
+
+
+def middles(patch_grid, device):
+    """Where the 2 x 2 cells of each patch are, in the readout's order: (4 L, 2), x and y in [-1, 1]."""
+    y, x = ((torch.arange(2 * n, device=device) + 0.5) / n - 1 for n in patch_grid)
+    cell = torch.stack([x.expand(len(y), -1), y[:, None].expand(-1, len(x))])                        # (2, 2 gh, 2 gw)
+    return F.pixel_unshuffle(cell, 2).unflatten(0, (2, 4)).permute(2, 3, 1, 0).reshape(-1, 2)
 
 
 def mirrored(told, patch_grid):
     """A Readout's answers about a picture -> those about the mirrored picture."""
     occupied, cell, center = (x.unflatten(1, (*patch_grid, 2, 2)).flip(2, 4).flatten(1, 4) for x in told)
     return occupied, cell * cell.new_tensor([-1, 1]), center * center.new_tensor([-1, 1])
+
+
+def apart(told, patch_grid, least=0.7):
+    """Two bodies cannot be in one place -> a Readout's answers in which they are not.
+
+    A readout answers with the mean of what may happen. Where a body may fall off another to either side, the means of
+    both meet, and a DiT that believes them paints one body and loses the other. So where two centres would come closer
+    than `least` of the bodies' apparent radii together (or than they are in frame 0), both bodies give way alike."""
+    occupied, cell, center = told
+    start = middles(patch_grid, cell.device) + center[:, :, 0] - cell[:, :, 0]         # the body's centre in frame 0
+    cell, center = cell.clone(), center.clone()
+    for b, some in enumerate(occupied > 0.1):      # clip by clip: few cells show a body
+        mass = occupied[b, some] * (occupied[b, some] > 0.5)                           # (n,)
+        far = (start[b, some, None] - start[b, some]).norm(dim=-1)                     # (n, n)
+        other = far > 0.12                         # what cells of one body say of its centre differs by less
+        radius = ((~other * mass).sum(1) / (math.pi * patch_grid[0] * patch_grid[1])).sqrt()
+        reach = torch.minimum(least * (radius[:, None] + radius), far)[..., None]      # (n, n, 1)
+        share, path = (other * mass)[..., None], center[b, some]
+        for _ in range(3):                         # one round for two bodies, more for heaps
+            away = path[:, None] - path                                                # (n, n, FUTURE, 2)
+            near = away.norm(dim=-1).clamp_min(1e-4)                                   # (n, n, FUTURE)
+            lack = (reach - near).clamp_min(0)
+            push = ((share * lack / near)[..., None] * away).sum(1)
+            path = path + 0.5 * push / (share * (lack > 0)).sum(1).clamp_min(1e-3)[..., None]
+        cell[b, some] += path - center[b, some]
+        center[b, some] = path
+    return occupied, cell, center
 
 
 def carried(occupied, cell, center, grid, frames, stride=4):
@@ -431,7 +462,7 @@ class PhysEncoder(nn.Module):
         told = self.readout(features[-1], patch_grid)
         # a mirrored world obeys the same laws: its picture is a second opinion
         other = mirrored(self.readout(self.backbone(image.flip(-1))[0][-1], patch_grid), patch_grid)
-        told = [(a + b) / 2 for a, b in zip(told, other)]
+        told = apart([(a + b) / 2 for a, b in zip(told, other)], patch_grid)
         colour = F.adaptive_avg_pool2d(image, [2 * n for n in patch_grid])             # (B, 3, 2 h, 2 w)
         colour = F.pixel_unshuffle(colour, 2).unflatten(1, (3, 4)).permute(0, 3, 4, 2, 1).flatten(1, 3)
         return features, patch_grid, (*told, colour)
