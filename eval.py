@@ -404,8 +404,8 @@ class Config:
     n: int = 512                    # scenes per split (seen, and as many unseen)
     seed: int = 0                   # which scenes
     steps: int = 12                 # sampler steps
-    cfg: float = sample.DEFAULT_CFG  # guidance on the text; 1 is off
-    guide: float = 0.0              # guidance away from a weaker model's mistakes; 1 is off; 0: as sample.py has it
+    cfg: float = 1.0                # guidance on the text; 1 is off
+    guide: float = 1.0              # guidance away from the mistakes of a weaker model; 1 is off
     temperature: float = sample.DEFAULT_TEMPERATURE  # scale of the initial noise
     best_of: int = 1                # > 1 adds the oracle row: the best of k seeds by the truth
     references: bool = True         # the rows that say what a number means
@@ -438,11 +438,10 @@ def main():
             raise common.InputError(f"--clips={cfg.clips}: not all clips have a mask; expected NAME.npz with at least "
                                     "the masks of the bodies, by which they are found again")
     device, rank, _ = common.setup(cfg.device)
-    guide = sample.guidance(cfg)
-    models = {f"Stage {'I' * int(s)}": sample.load_models(cfg.data, int(s), cfg.ckpt, cfg.head, device, guide != 1)
+    models = {f"Stage {'I' * int(s)}": sample.load_models(cfg.data, int(s), cfg.ckpt, cfg.head, device, cfg.guide != 1)
               for s in cfg.stages.split(",")}
     options = dict(best_of=cfg.best_of, references=cfg.references, chunk=cfg.chunk, steps=cfg.steps, cfg=cfg.cfg,
-                   guide=guide, temperature=cfg.temperature, size=cfg.size, frames=cfg.frames, fps=cfg.fps)
+                   guide=cfg.guide, temperature=cfg.temperature, size=cfg.size, frames=cfg.frames, fps=cfg.fps)
     first = next(iter(models.values()))
     common.check_sides(cfg, ("size",), 2 * first.vae.stride)
     if first.dit.config["text"] == "features":

@@ -28,7 +28,7 @@ import common
 from common import InputError
 
 # chosen on the val split, data/RESULTS.md
-DEFAULT_STAGE, DEFAULT_CFG, DEFAULT_GUIDE, DEFAULT_TEMPERATURE = 3, 4.0, 2.5, 0.45
+DEFAULT_STAGE, DEFAULT_TEMPERATURE = 3, 0.45
 SMALL = 128                                        # pixels a side; larger clips are made one by one, decoded in parts
 
 
@@ -211,8 +211,8 @@ class Config:
     frames: int = 25                # 1 + 4k; the nano model was trained on 25
     fps: int = 16                   # of the file that is written
     steps: int = 12                 # sampler steps
-    cfg: float = DEFAULT_CFG        # guidance on the text: what it names stays there; 1 is off
-    guide: float = 0.0              # guidance away from a weaker model's mistakes; 1 is off; 0: 2.5, or 1 with --ckpt
+    cfg: float = 1.0                # guidance on the text: what it names stays there; 1 is off
+    guide: float = 1.0              # guidance away from the mistakes of a weaker model, guide.safetensors; 1 is off
     temperature: float = DEFAULT_TEMPERATURE  # scale of the initial noise: 1 is all that can happen, 0 one future
     shift: float = 3.0              # > 1 spends more of the steps near noise
     solver: str = "ab2"             # ab2 (second order), euler, or unipc (Wan's own)
@@ -233,12 +233,6 @@ PRESETS = {"nano": {},
            "small": dict(data="out/small", height=128, width=128, frames=33, cfg=1.0, temperature=1.0, scale=3),
            "wan5b": dict(model="wan5b", height=704, width=1280, frames=121, fps=24, steps=50, cfg=5.0, shift=5.0,
                          solver="unipc", guide=1.0, temperature=1.0, stage=1, chunk=2, scale=1)}
-
-
-def guidance(cfg):
-    """What --guide=0 means: the default suits the shipped weights, other ones go unguided."""
-    other = cfg.ckpt or cfg.head or not os.path.exists(f"{cfg.data}/guide.safetensors")
-    return cfg.guide or (1.0 if other else DEFAULT_GUIDE)
 
 
 def main():
@@ -278,12 +272,12 @@ def main():
 
     device, _, _ = common.setup(cfg.device)
     first = cfg.ckpt or cfg.head or not os.path.exists(f"{cfg.data}/head3.safetensors")
-    stage, guide, null = cfg.stage or (1 if first else DEFAULT_STAGE), guidance(cfg), None
+    stage, null = cfg.stage or (1 if first else DEFAULT_STAGE), None
     if features and not cfg.text_emb:              # before the DiT takes the memory
         from data.embed_text import embed
         texts = embed([prompt, cfg.negative], cfg.weights or cfg.data, device=device)
     models = load_published(cfg.weights, cfg.model, device) if cfg.weights else load_models(
-        cfg.data, stage, cfg.ckpt, cfg.head, device, weak=guide != 1)
+        cfg.data, stage, cfg.ckpt, cfg.head, device, weak=cfg.guide != 1)
     captions = [prompt] * cfg.n
     if features:
         if cfg.text_emb:
@@ -301,7 +295,7 @@ def main():
     with tqdm(total=cfg.steps, desc="sampling", unit="step") as bar:
         video = generate(models, image.to(device).expand(cfg.n, -1, -1, -1), captions,
                          [cfg.seed + i for i in range(cfg.n)], cfg.frames, cfg.steps, cfg.shift, cfg.cfg, cfg.solver,
-                         progress=lambda done, total: bar.update(1), guide=guide, temperature=cfg.temperature,
+                         progress=lambda done, total: bar.update(1), guide=cfg.guide, temperature=cfg.temperature,
                          photo=photo, null=null, chunk=cfg.chunk)
     sampled = time.time()
     common.write_video(out, common.grid([common.to_uint8(v) for v in video], min(cfg.n, 4)), cfg.fps, cfg.scale)

@@ -1,7 +1,8 @@
 """
 Stage I: supervised fine-tuning of the DiT and the physical head on ground-truth clips, by flow matching.
 
-    python sft.py                                    # the shipped model: about an hour on two CPU cores
+    python sft.py                                    # about an hour on two CPU cores
+    python sft.py --preset=finish                    # and the end of it: the shipped model
     python sft.py --preset=taste                     # a short run, to see things fall
     python sft.py --phys=False --name=sft_plain      # without the encoder
     torchrun --nproc_per_node=8 sft.py --batch=512
@@ -78,6 +79,9 @@ class Config:
 
 FAST = dict(lr=1.2e-2, adam_lr=4e-3)               # short runs want higher rates
 PRESETS = {"nano": {}, "taste": FAST | dict(name="taste", pool="out/pool_taste", clips=1536, steps=450, eval_every=225),
+           # the last part: in every clip what is foretold is right; the DiT learns to doubt it no more
+           "finish": dict(name="finish", init_from="out/sft/dit.safetensors", forced=1.0, steps=400, warmup=40, lr=2e-3,
+                          adam_lr=1e-3, seed=3),
            # the weak model that sample.py --guide steers away from
            "guide": FAST | dict(name="guide", model="guide", phys=False, steps=600),
            # not trained yet: from scratch on one GPU, and published weights that data/fetch.py has put in order

@@ -29,11 +29,11 @@ class Config:
 
 def main():
     cfg = common.parse_config(Config, sys.argv[1:])
-    models = sample.load_models(HERE, cfg.stage, weak=True)
+    models = sample.load_models(HERE, cfg.stage)
     parts = [simdata.make_batch("drop", 1, 100, "test", start=i, truth=False, photo=simdata.PHOTO) for i in INDEX]
     truth = torch.cat([p["video"] for p in parts])
     video = sample.generate(models, truth[:, :, 0], [p["caption"][0] for p in parts], [0] * len(INDEX),
-                            cfg=sample.DEFAULT_CFG, guide=sample.DEFAULT_GUIDE, temperature=sample.DEFAULT_TEMPERATURE,
+                            temperature=sample.DEFAULT_TEMPERATURE,
                             photo=torch.cat([p["photo"] for p in parts]))
     frames = common.grid([common.to_uint8(v) for v in (*truth, *video)], len(INDEX))
     frames = np.concatenate([frames, frames[-1:].repeat(12, 0)])                     # rest a moment before it restarts
