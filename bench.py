@@ -10,7 +10,6 @@ The peers are diffusers' classes with the same random weights; without diffusers
 """
 import contextlib
 import re
-import resource
 import statistics
 import sys
 import time
@@ -193,7 +192,8 @@ def count_step(stage, config, backbone, latent, ranks=1):
     alive, (k, h, w) = Alive(), latent
     # what a GPU does: fused attention in bf16
     fused = lambda q, k, v: F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
-    with alive, mock.patch.object(common, "attention", fused):
+    with alive, mock.patch.object(common, "attention", fused), mock.patch.object(
+            torch.nn.init, "trunc_normal_", torch.nn.init.normal_):                  # it looks at values: here are none
         dit = M.add_phys(M.VideoDiT(config))
         encoder = E.PhysEncoder(E.CONFIGS[backbone] | {"out_dim": config["dim"]})
         dit.checkpointing = True
@@ -231,13 +231,11 @@ def count_step(stage, config, backbone, latent, ranks=1):
 
 def memory(cfg, device):
     small, latent = M.CONFIGS["wan1.3b"] | dict(num_layers=2), (12, 24, 24)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024               # bytes, on Linux
     _, real = count_step(2, small, "nano", latent)
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
     with FakeTensorMode():
         _, counted = count_step(2, small, "nano", latent)
-    print(f"two blocks of wan1.3b, Stage II: counted {counted / 1e9:.2f} GB without data, {real / 1e9:.2f} GB with "
-          f"data; the process grew by {resident / 1e9:.2f} GB")
+    assert abs(counted - real) < 0.05 * real, (counted, real)
+    print(f"two blocks of wan1.3b, Stage II: {counted / 1e9:.2f} GB without data, {real / 1e9:.2f} GB with data")
     for name, stage, ranks, height, width in (("wan1.3b", 2, 1, 480, 832), ("wan5b", 2, 1, 480, 832),
                                               ("wan1.3b", 1, 1, 512, 512), ("wan5b", 1, 8, 512, 512)):
         version, stride = ("wan2.1", 8) if name == "wan1.3b" else ("wan2.2", 16)

@@ -32,7 +32,6 @@ import eval as judge
 import model as M
 import sample
 import simdata
-from data.embed_text import PARTS
 from encoder import load_phys_encoder, truth
 from vae import load_vae, visibility
 
@@ -369,7 +368,7 @@ def main():
                 if os.path.exists(f"{cfg.data}/{name}.safetensors"):
                     with common.atomic(f"{folder}/{name}.safetensors") as tmp:
                         shutil.copy(f"{cfg.data}/{name}.safetensors", tmp)
-            for part in PARTS:
+            for part in sample.TEXT_ENCODER:
                 if os.path.exists(f"{cfg.data}/{part}") and not os.path.exists(f"{folder}/{part}"):
                     os.symlink(os.path.realpath(f"{cfg.data}/{part}"), f"{folder}/{part}")
             print(f"wrote {' and '.join(f'{folder}/{name}.safetensors' for name in files)}")

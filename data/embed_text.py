@@ -25,7 +25,6 @@ from common import InputError
 
 HUB = "Wan-AI/Wan2.2-TI2V-5B-Diffusers"
 OFFICIAL, TOKENIZER = "models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl"           # in Wan's own folders
-PARTS = ("text_encoder", "tokenizer", OFFICIAL, "google")                            # all that may make up an encoder
 
 
 @dataclass

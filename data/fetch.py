@@ -22,7 +22,6 @@ import common
 import encoder as E
 import sample
 from common import InputError
-from data.embed_text import PARTS
 
 HUB = {"wan5b": "Wan-AI/Wan2.2-TI2V-5B-Diffusers", "wan1.3b": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"}
 
@@ -75,7 +74,7 @@ def main():
     models = sample.load_published(weights, cfg.model, dtype=torch.bfloat16)
     common.save_weights(f"{out}/vae.safetensors", models.vae, models.vae.config)
     common.save_weights(f"{out}/dit.safetensors", models.dit, models.dit.config)
-    for part in PARTS:                             # captions are read by the umT5 that came with the model
+    for part in sample.TEXT_ENCODER:               # captions are read by the umT5 that came with the model
         if os.path.exists(f"{weights}/{part}") and not os.path.exists(f"{out}/{part}"):
             os.symlink(os.path.abspath(f"{weights}/{part}"), f"{out}/{part}")
     print(f"wrote vae, dit and backbone ({name}) to {out}/")
