@@ -30,7 +30,8 @@ from common import InputError
 # chosen on the val split, data/RESULTS.md
 DEFAULT_STAGE, DEFAULT_TEMPERATURE = 3, 0.45
 SMALL = 128                                        # pixels a side; larger clips are made one by one, decoded in parts
-TEXT_ENCODER = ("text_encoder", "tokenizer", "models_t5_umt5-xxl-enc-bf16.pth", "google")    # diffusers' and Wan's own
+UMT5 = "models_t5_umt5-xxl-enc-bf16.pth"           # in Wan's own folders, with its tokenizer in google/umt5-xxl/
+TEXT_ENCODER = ("text_encoder", "tokenizer", UMT5, "google")                         # diffusers' and Wan's own
 
 
 @dataclass

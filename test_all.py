@@ -743,7 +743,7 @@ def test_shipped_readout_foretells():
 
 
 def test_what_is_foretold_is_mirrored_with_the_picture():
-    """Exactly, for the mirrored picture is asked as well; and what either says alone would be worse."""
+    """For the mirrored picture is asked as well; and what the picture alone says would be worse."""
     encoder = E.load_phys_encoder(f"{HERE}/data/backbone.safetensors", config={"out_dim": 8, "foretell": True})
     batch = simdata.make_batch("drop", 64, 7, "val", photo=simdata.PHOTO, filmed=1)
     (features, grid, told), turned = encoder.features(batch["photo"]), encoder.features(batch["photo"].flip(-1))[2]
@@ -1771,6 +1771,16 @@ def test_sample_command(tmp_path):
                                     for f in ImageSequence.Iterator(Image.open(tmp_path / f"{name}.gif"))])
     fine, coarse = frames("fine"), frames("coarse")
     assert (fine[0] == coarse[0]).all() and (fine[1:] != coarse[1:]).any()
+
+
+def test_large_clips_are_decoded_in_parts(monkeypatch):
+    models, seen = sample.load_models(f"{HERE}/data", 1), []
+    whole = type(models.vae).decode
+    monkeypatch.setattr(type(models.vae), "decode", lambda vae, z, chunk: seen.append(chunk) or whole(vae, z, chunk))
+    for size, chunk in ((64, None), (144, None), (144, 0)):
+        video = sample.generate(models, torch.zeros(1, 3, size, size), ["a"], [0], 13, steps=1, chunk=chunk)
+        assert video.shape == (1, 3, 13, size, size)
+    assert seen == [0, 2, 0]
 
 
 def test_shipped_model_listens():

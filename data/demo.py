@@ -33,8 +33,7 @@ def main():
     parts = [simdata.make_batch("drop", 1, 100, "test", start=i, truth=False, photo=simdata.PHOTO) for i in INDEX]
     truth = torch.cat([p["video"] for p in parts])
     video = sample.generate(models, truth[:, :, 0], [p["caption"][0] for p in parts], [0] * len(INDEX),
-                            temperature=sample.DEFAULT_TEMPERATURE,
-                            photo=torch.cat([p["photo"] for p in parts]))
+                            temperature=sample.DEFAULT_TEMPERATURE, photo=torch.cat([p["photo"] for p in parts]))
     frames = common.grid([common.to_uint8(v) for v in (*truth, *video)], len(INDEX))
     frames = np.concatenate([frames, frames[-1:].repeat(12, 0)])                     # rest a moment before it restarts
     common.write_video(cfg.out, frames, fps=16, scale=2)

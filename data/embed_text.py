@@ -21,10 +21,10 @@ import torch
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import common
 from common import InputError
+from sample import UMT5
 
 
 HUB = "Wan-AI/Wan2.2-TI2V-5B-Diffusers"
-OFFICIAL, TOKENIZER = "models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl"           # in Wan's own folders
 
 
 @dataclass
@@ -86,19 +86,19 @@ def embed(prompts, encoder, length=512, device="cpu"):
     except ImportError:
         raise InputError("a prompt for Wan needs umT5, and that the package transformers: pip install transformers; or "
                          "--text_emb=FILE, embeddings that data/embed_text.py made elsewhere") from None
-    own = os.path.exists(f"{encoder}/{OFFICIAL}")
+    own = os.path.exists(f"{encoder}/{UMT5}")
     bare = os.path.isdir(encoder) and not own and not os.path.isdir(f"{encoder}/text_encoder")
     encoder = HUB if bare or not encoder else encoder
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
         if own:
-            tokenizer = AutoTokenizer.from_pretrained(f"{encoder}/{TOKENIZER}")
-            model = official(f"{encoder}/{OFFICIAL}", dtype, device)
+            tokenizer = AutoTokenizer.from_pretrained(f"{encoder}/google/umt5-xxl")
+            model = official(f"{encoder}/{UMT5}", dtype, device)
         else:
             tokenizer = AutoTokenizer.from_pretrained(encoder, subfolder="tokenizer")
             model = UMT5EncoderModel.from_pretrained(encoder, subfolder="text_encoder", torch_dtype=dtype).to(device)
     except (OSError, ValueError) as error:
-        where = f"{OFFICIAL} and {TOKENIZER}/" if own else "text_encoder/ and tokenizer/"
+        where = f"{UMT5} and google/umt5-xxl/" if own else "text_encoder/ and tokenizer/"
         raise InputError(f"--encoder={encoder}: no umT5 in {where} there: {str(error).splitlines()[0]}") from None
     model.eval()
     out = []
