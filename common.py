@@ -484,20 +484,38 @@ def load_weights(module, path, dtype=None, device=None):
     return config
 
 
-class Muon(torch.optim.Muon):
-    """torch's Muon for kernels with any number of axes: each is a matrix to it, one row an output.
+class Muon(torch.optim.Optimizer):
+    """Momentum, then the nearest matrix whose singular values are all near 1 (Jordan et al. 2024), for kernels with any
+    number of axes: each is a matrix to it, one row an output.
 
-    The nano VAE reaches an error in 300 steps of it for which AdamW takes 1,100. Its update is scaled to AdamW's size,
-    so both take the same learning rate and weight decay."""
-    def __init__(self, kernels, lr, weight_decay):
-        self.kernels = list(kernels)
-        views = [p.detach().flatten(1).requires_grad_() for p in self.kernels]       # the same storage
-        super().__init__(views, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+    Equal to torch.optim.Muon(adjust_lr_fn="match_rms_adamw") where bf16 is fast; matrices of one shape go together, and
+    in fp32 where that is faster, which halves its time. The nano VAE reaches an error in 300 steps of it for which
+    AdamW takes 1,100. Its update is scaled to AdamW's size, so both take the same learning rate and weight decay."""
+    def __init__(self, kernels, lr, weight_decay, momentum=0.95):
+        super().__init__(kernels, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
 
+    @torch.no_grad()
     def step(self):
-        for view, p in zip(self.param_groups[0]["params"], self.kernels):
-            view.grad = p.grad.flatten(1)
-        super().step()
+        lr, decay, momentum = (self.param_groups[0][k] for k in ("lr", "weight_decay", "momentum"))
+        alike = {}                                 # shape: [(kernel, what to make orthogonal, whether that lies down)]
+        for p in self.param_groups[0]["params"]:
+            if p.grad is not None:
+                mean = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                mean.lerp_(p.grad, 1 - momentum)
+                x = p.grad.lerp(mean, momentum).flatten(1)                             # Nesterov's look ahead
+                tall = x.shape[0] > x.shape[1]
+                x = x.mT if tall else x
+                alike.setdefault(x.shape, []).append((p, x, tall))
+        for (rows, columns), members in alike.items():
+            x = torch.stack([x for _, x, _ in members]).to(precision(members[0][0].device))          # (K, rows, columns)
+            x /= x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
+            for _ in range(5):                     # Newton and Schulz: s -> 3.44 s - 4.78 s^3 + 2.03 s^5
+                gram = x @ x.mT
+                gram = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
+                x = torch.baddbmm(x, gram, x, beta=3.4445)
+            for (p, _, tall), y in zip(members, x):
+                y = (y.mT if tall else y).reshape(p.shape)
+                p.mul_(1 - lr * decay).add_(y, alpha=-0.2 * lr * math.sqrt(columns))
 
 
 def whole(tensor):

@@ -390,11 +390,11 @@ def truth(clips, size, patches):
 def corrected(told, owner, path):
     """The readout's answers with every body's cells moved together, so that their mean is where it really goes (see
     truth): what a cell says of itself, how unsure it is and how cells differ stays. Cells of nobody (0) stay, too."""
-    occupied, cell, center, colour = told
+    occupied, cell, center = told
     mine = F.one_hot(owner.long(), path.shape[1] + 1)[..., 1:].float()                 # (B, cells, N)
     off = path - torch.einsum("bcn,bcfx->bnfx", mine / mine.sum(1, keepdim=True).clamp_min(1), center)
     move = torch.einsum("bcn,bnfx->bcfx", mine, off)
-    return occupied, cell + move, center + move, colour
+    return occupied, cell + move, center + move
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -453,25 +453,29 @@ class PhysEncoder(nn.Module):
         return self
 
     @torch.no_grad()
-    def features(self, image):
+    def features(self, image, truth=None):
         """-> (4 x (B, h * w, D), the patch grid (h, w), what is told of cells): the head's arguments before `grid`."""
         image = resize(image, self.config["input_size"], self.backbone.patch)
         features, patch_grid = self.backbone(image)[0], [n // self.backbone.patch for n in image.shape[-2:]]
         if self.readout is None:
             return features, patch_grid, None
-        told = self.readout(features[-1], patch_grid)
-        # a mirrored world obeys the same laws: its picture is a second opinion
-        other = mirrored(self.readout(self.backbone(image.flip(-1))[0][-1], patch_grid), patch_grid)
-        told = apart([(a + b) / 2 for a, b in zip(told, other)], patch_grid)
         colour = F.adaptive_avg_pool2d(image, [2 * n for n in patch_grid])             # (B, 3, 2 h, 2 w)
         colour = F.pixel_unshuffle(colour, 2).unflatten(1, (3, 4)).permute(0, 3, 4, 2, 1).flatten(1, 3)
+        told = self.readout(features[-1], patch_grid)
+        asked = (truth[0] == 0).all(1) if truth is not None else image.new_ones(len(image), dtype=torch.bool)
+        if asked.any():
+            # a mirrored world obeys the same laws: its picture is a second opinion, where the truth is not known
+            other = self.readout(self.backbone(image[asked].flip(-1))[0][-1], patch_grid)
+            other = mirrored(other, patch_grid)
+            other = apart([(a[asked] + b) / 2 for a, b in zip(told, other)], patch_grid)
+            for mine, better in zip(told, other):
+                mine[asked] = better
+        if truth is not None:
+            told = corrected(told, *truth)
         return features, patch_grid, (*told, colour)
 
     def forward(self, image, grid, frames=0, truth=None):
-        features, patch_grid, told = self.features(image)
-        if told is not None and truth is not None:
-            told = corrected(told, *truth)
-        return self.head(features, patch_grid, told, grid, frames)
+        return self.head(*self.features(image, truth), grid, frames)
 
 
 def load_phys_encoder(backbone_path, head_path=None, config=None):

@@ -1,8 +1,7 @@
 """
 Stage I: supervised fine-tuning of the DiT and the physical head on ground-truth clips, by flow matching.
 
-    python sft.py                                    # about an hour on two CPU cores
-    python sft.py --preset=finish                    # and the end of it: the shipped model
+    python sft.py                                    # the shipped model: under an hour on two CPU cores
     python sft.py --preset=taste                     # a short run, to see things fall
     python sft.py --phys=False --name=sft_plain      # without the encoder
     torchrun --nproc_per_node=8 sft.py --batch=512
@@ -53,8 +52,8 @@ class Config:
     init_from: str = ""             # a dit.safetensors to start from (with its head1 beside it, if any)
     phys: bool = True               # with the PhysEncoder; False trains the plain DiT
     foretell: bool = True           # physical tokens for the frames to come, too (needs readout.safetensors)
-    forced: float = 0.75            # fraction of clips in which those say where bodies really go, if that is known
-    steps: int = 2000               # optimizer steps
+    forced: float = 0.75            # of the clips, where those say the truth, if it is known; 0, or 1 in the last third
+    steps: int = 1200               # optimizer steps
     batch: int = 32                 # clips a step, over all ranks
     accumulate: int = 1             # micro-batches a step and rank, for less memory
     lr: float = 6e-3                # peak learning rate of Muon: the matrices inside the blocks
@@ -66,7 +65,7 @@ class Config:
     drop_text: float = 0.1          # fraction of captions left empty, so that --cfg means something
     ema: float = 0.999              # decay of the weight average that is evaluated and shipped
     log_every: int = 25             # steps
-    eval_every: int = 500           # steps between samples, checkpoints and val scores
+    eval_every: int = 400           # steps between samples, checkpoints and val scores
     eval_clips: int = 32            # val clips that are sampled then
     seed: int = 0                   # of weights, order, noise
     checkpointing: bool = False     # compute activations again in the backward pass instead of keeping them
@@ -78,9 +77,6 @@ class Config:
 
 FAST = dict(lr=1.2e-2, adam_lr=4e-3)               # short runs want higher rates
 PRESETS = {"nano": {}, "taste": FAST | dict(name="taste", pool="out/pool_taste", clips=1536, steps=450, eval_every=225),
-           # the last part: in every clip what is foretold is right; the DiT learns to doubt it no more
-           "finish": dict(name="finish", init_from="out/sft/dit.safetensors", forced=1.0, steps=400, warmup=40, lr=2e-3,
-                          adam_lr=1e-3, seed=3),
            # the weak model that sample.py --guide steers away from
            "guide": FAST | dict(name="guide", model="guide", phys=False, steps=600),
            # not trained yet: from scratch on one GPU, and published weights that data/fetch.py has put in order
@@ -153,13 +149,15 @@ def get_batch(cfg, pool, step):
     """The global batch of a step: indices, captions (some dropped), t, the noise, and in which clips the readout is put
     right; a function of (seed, step)."""
     g = common.generator(cfg.seed, "sft", step)
+    # trained on what is right and wrong, the DiT doubts what it is told; in the end it shall draw that
+    forced = 1 if cfg.forced and step >= cfg.steps * 2 // 3 else cfg.forced
     index = torch.randint(len(pool["latent"]), (cfg.batch,), generator=g)
     keep = torch.rand(cfg.batch, 1, generator=g) >= cfg.drop_text
     t = M.sample_t(cfg.batch, g, cfg.shift)
     shape = list(pool["latent"].shape[1:])
     return (index, pool["text"][index].long() * keep, t,
             torch.randn(cfg.batch, shape[0], shape[1] - 1, *shape[2:], generator=g),
-            torch.rand(cfg.batch, 1, generator=g) < cfg.forced)
+            torch.rand(cfg.batch, 1, generator=g) < forced)
 
 
 class StageOne(nn.Module):
