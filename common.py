@@ -507,7 +507,7 @@ class Muon(torch.optim.Optimizer):
                 x = x.mT if tall else x
                 alike.setdefault(x.shape, []).append((p, x, tall))
         for (rows, columns), members in alike.items():
-            x = torch.stack([x for _, x, _ in members]).to(precision(members[0][0].device))          # (K, rows, columns)
+            x = torch.stack([x for _, x, _ in members]).to(precision(p.device))            # (K, rows, columns)
             x /= x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
             for _ in range(5):                     # Newton and Schulz: s -> 3.44 s - 4.78 s^3 + 2.03 s^5
                 gram = x @ x.mT

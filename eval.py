@@ -327,13 +327,13 @@ def reference_rows(batch, again, vae, device):
 
 @torch.no_grad()
 def evaluate(models, split, n, seed=0, unseen=False, scenario="drop", best_of=1, references=True, chunk=64, steps=12,
-             cfg=1.0, guide=1.0, temperature=1.0, clips=None, size=64, frames=25, fps=16):
+             cfg=1.0, temperature=1.0, clips=None, size=64, frames=25, fps=16):
     """Generate and measure n scenes of a split. models: {row name: sample.Models}. -> {row: {metric: (n,) tensor}}.
     Under torchrun the ranks share the scenes, and all get all results.
 
     clips: a simdata.Clips, from which the scenes are taken instead; such have no jittered truth.
-    steps, cfg, guide, temperature: as in sample.generate; models need `weak` if guide is not 1, and `text` if the DiT
-    reads features. size, frames, fps: of the clips.
+    steps, cfg, temperature: as in sample.generate; models need `text` if the DiT reads features. size, frames, fps: of
+    the clips.
     best_of > 1 adds the row "<name>, oracle best of k": the sample of lowest traj_l2, what choosing could reach."""
     parts, first = {}, next(iter(models.values()))                                   # {first scene: {row: metrics}}
     vae, device = first.vae, next(first.vae.parameters()).device
@@ -356,7 +356,7 @@ def evaluate(models, split, n, seed=0, unseen=False, scenario="drop", best_of=1,
         for name, m in models.items():
             keys = [[(split, int(unseen), seed, start + i, k) for i in range(count)] for k in range(best_of)]
             image, photo = batch["video"][:, :, 0].to(device), batch["photo"].to(device)
-            draws = torch.stack([sample.generate(m, image, batch["caption"], key, frames, steps, cfg=cfg, guide=guide,
+            draws = torch.stack([sample.generate(m, image, batch["caption"], key, frames, steps, cfg=cfg,
                                                  temperature=temperature, photo=photo).cpu() for key in keys])
             videos[name] = draws[0]
             if best_of > 1:
@@ -405,7 +405,6 @@ class Config:
     seed: int = 0                   # which scenes
     steps: int = 12                 # sampler steps
     cfg: float = 1.0                # guidance on the text; 1 is off
-    guide: float = 1.0              # guidance away from the mistakes of a weaker model; 1 is off
     temperature: float = sample.DEFAULT_TEMPERATURE  # scale of the initial noise
     best_of: int = 1                # > 1 adds the oracle row: the best of k seeds by the truth
     references: bool = True         # the rows that say what a number means
@@ -421,7 +420,7 @@ PRESETS |= {name: dict(data=f"out/{name}", size=512, frames=49, fps=fps, steps=5
 
 def main():
     cfg = common.parse_config(Config, sys.argv[1:], PRESETS)
-    common.check_range(cfg, n=(1, 10**6), steps=(1, 1000), cfg=(0, 30), guide=(0, 30), temperature=(0, 2),
+    common.check_range(cfg, n=(1, 10**6), steps=(1, 1000), cfg=(0, 30), temperature=(0, 2),
                        best_of=(1, 64), chunk=(1, 4096), size=(16, 1024), frames=(5, 1001), fps=(1, 240))
     common.check_frames(cfg)
     if cfg.scenario not in simdata.SCENARIOS:
@@ -438,10 +437,10 @@ def main():
             raise common.InputError(f"--clips={cfg.clips}: not all clips have a mask; expected NAME.npz with at least "
                                     "the masks of the bodies, by which they are found again")
     device, rank, _ = common.setup(cfg.device)
-    models = {f"Stage {'I' * int(s)}": sample.load_models(cfg.data, int(s), cfg.ckpt, cfg.head, device, cfg.guide != 1)
+    models = {f"Stage {'I' * int(s)}": sample.load_models(cfg.data, int(s), cfg.ckpt, cfg.head, device)
               for s in cfg.stages.split(",")}
     options = dict(best_of=cfg.best_of, references=cfg.references, chunk=cfg.chunk, steps=cfg.steps, cfg=cfg.cfg,
-                   guide=cfg.guide, temperature=cfg.temperature, size=cfg.size, frames=cfg.frames, fps=cfg.fps)
+                   temperature=cfg.temperature, size=cfg.size, frames=cfg.frames, fps=cfg.fps)
     first = next(iter(models.values()))
     common.check_sides(cfg, ("size",), 2 * first.vae.stride)
     if first.dit.config["text"] == "features":

@@ -32,9 +32,9 @@ WAN = dict(freq_dim=256, text="features", text_dim=4096, text_len=512, phys=Fals
 CONFIGS = {
     "nano": dict(in_dim=32, out_dim=32, dim=256, ffn_dim=960, num_heads=4, num_layers=6,
                  freq_dim=128, text="bytes", text_dim=128, text_len=32, phys=True),
-    # nano's weaker sibling, away from which it is guided (see sample)
-    "guide": dict(in_dim=32, out_dim=32, dim=128, ffn_dim=480, num_heads=2, num_layers=4,
-                  freq_dim=128, text="bytes", text_dim=128, text_len=32, phys=False),
+    # a fifth of it, to try things
+    "tiny": dict(in_dim=32, out_dim=32, dim=128, ffn_dim=480, num_heads=2, num_layers=4,
+                 freq_dim=128, text="bytes", text_dim=128, text_len=32, phys=True),
     # 129 M, for one GPU: 128 x 128 pixels, 33 frames
     "small": dict(in_dim=32, out_dim=32, dim=768, ffn_dim=3584, num_heads=12, num_layers=12,
                   freq_dim=256, text="bytes", text_dim=256, text_len=32, phys=True),
@@ -332,9 +332,6 @@ def add_phys(model):
 # ----------------------------------------------------------------------------------------------------------------------
 # the objective and the sampler
 
-GUIDE_ABOVE = 0.8                                  # guided all the way, more bodies doubled (data/RESULTS.md)
-
-
 def shift_time(t, shift):
     """Move times in [0, 1] towards noise, ends fixed: s t / (1 + (s - 1) t). Larger latents need more (SD3, Eq. 23)."""
     return shift * t / (1 + (shift - 1) * t)
@@ -399,15 +396,11 @@ class UniPC:
 
 
 @torch.no_grad()
-def sample(model, image, text, phys, noise, steps=20, shift=3.0, cfg=1.0, text_null=None, solver="ab2", progress=None,
-           weak=None, guide=1.0):
-    """Integrate dx/dt = v from noise at t = 1 to a clip at t = 0, one network call a step (and one for each guidance).
+def sample(model, image, text, phys, noise, steps=20, shift=3.0, cfg=1.0, text_null=None, solver="ab2", progress=None):
+    """Integrate dx/dt = v from noise at t = 1 to a clip at t = 0, one network call a step, two with guidance.
 
     noise (B, C, k, H, W), drawn outside (common.randn); image, text, phys as in VideoDiT.forward -> x0 (B, C, k, H, W).
     cfg: 1 is off; else v = v_null + cfg (v_text - v_null), where null has the text `text_null` and all else the same.
-    guide: 1 is off; else v = v_weak + guide (v - v_weak), away from the mistakes of `weak`, a smaller and less trained
-    model without physical tokens: what it does wrong, the model does too, only less (autoguidance, arXiv 2406.02507).
-    Only while t > GUIDE_ABOVE, where it is decided who goes where (guidance interval, arXiv 2404.07724).
     solver: "euler", or "ab2": Adams-Bashforth, the velocity extrapolated to the middle of the step from the last two
     calls, second order at Euler's price; or "unipc", which Wan is sampled with (see UniPC).
     progress(done, steps) is called after each step. Raises InputError."""
@@ -416,8 +409,6 @@ def sample(model, image, text, phys, noise, steps=20, shift=3.0, cfg=1.0, text_n
                          "steps >= 1, shift > 0")
     if cfg != 1 and text_null is None:
         raise InputError(f"cfg={cfg} needs text_null, the tokens of the negative (or empty) prompt")
-    if guide != 1 and weak is None:
-        raise InputError(f"guide={guide} needs a weak model")
     end = 1e-3 if solver == "unipc" else 0         # Wan's grid leaves its last and largest step for the end
     times = shift_time(torch.linspace(1, end, steps + 1, dtype=torch.float64), shift).tolist()
     x, unipc = noise, UniPC([*times[:-1], 0.0])
@@ -428,16 +419,12 @@ def sample(model, image, text, phys, noise, steps=20, shift=3.0, cfg=1.0, text_n
         if cfg != 1:
             null = model(x, t, text_null, image, phys)
             v = null + cfg * (v - null)
-        guided = guide != 1 and times[i] > GUIDE_ABOVE
-        if guided:
-            bad = weak(x, t, text, image)
-            v = bad + guide * (v - bad)
         if solver == "unipc":
             x = unipc.step(i, x, v)
-        else:                                      # one call in, or where guidance ends, nothing to extrapolate from
-            dt, euler = times[i + 1] - times[i], solver == "euler" or i == 0 or guided != guided_last
-            middle = v if euler else v + dt / (2 * dt_last) * (v - v_last)
-            x, v_last, dt_last, guided_last = x + dt * middle, v, dt, guided
+        else:                                      # one call in, there is nothing to extrapolate from
+            dt = times[i + 1] - times[i]
+            middle = v if solver == "euler" or i == 0 else v + dt / (2 * dt_last) * (v - v_last)
+            x, v_last, dt_last = x + dt * middle, v, dt
         if progress:
             progress(i + 1, steps)
     return x

@@ -36,13 +36,12 @@ TEXT_ENCODER = ("text_encoder", "tokenizer", UMT5, "google")                    
 
 @dataclass
 class Models:
-    """What it takes to make a video; encoder is None for a DiT that was trained without one, weak without --guide.
+    """What it takes to make a video; encoder is None for a DiT that was trained without one.
 
     text: {caption: features (L, width)} for a DiT that reads those of an outside text encoder, see text_features."""
     vae: torch.nn.Module
     encoder: torch.nn.Module
     dit: torch.nn.Module
-    weak: torch.nn.Module = None
     text: dict = None
 
     def read(self, captions):
@@ -53,11 +52,10 @@ class Models:
         return torch.nn.utils.rnn.pad_sequence([self.text[c].float() for c in captions], batch_first=True)
 
 
-def load_models(data="data", stage=1, ckpt="", head="", device="cpu", weak=False):
+def load_models(data="data", stage=1, ckpt="", head="", device="cpu"):
     """The shipped components, up to a stage: 1 is dit + head1, 2 adds lora2, 3 swaps in head3. -> Models, frozen.
 
     ckpt, head: other files for the DiT and the physical head, for stage 1 alone: the deltas of 2 and 3 fit data's.
-    weak: with guide.safetensors, the model that generate(guide=...) steers away from.
     Raises InputError if a file is missing or foreign."""
     from encoder import load_phys_encoder          # late: a wrong flag is refused without loading networks
     from model import VideoDiT, add_lora, load_lora, merge_lora
@@ -65,19 +63,14 @@ def load_models(data="data", stage=1, ckpt="", head="", device="cpu", weak=False
     if stage > 1 and (ckpt or head):
         raise InputError(f"stage {stage} changes the DiT and the head in {data}; other ones go with stage 1")
     ckpt = ckpt or f"{data}/dit.safetensors"
-
-    def load_dit(path):
-        with common.open_weights(path) as (_, config):
-            if "num_layers" not in config:
-                raise InputError(f"{path} is not a DiT of ours: its metadata has no DiT config; expected a "
-                                 "dit.safetensors")
-        large = config["text"] == "features"       # Wan's size: never in memory twice, nor in fp32 where bf16 will do
-        with torch.device("meta" if large else "cpu"):
-            dit = VideoDiT(config)
-        common.load_weights(dit, path, *((common.precision(torch.device(device)), device) if large else ()))
-        return dit.to(device).eval().requires_grad_(False)
-
-    dit = load_dit(ckpt)
+    with common.open_weights(ckpt) as (_, config):
+        if "num_layers" not in config:
+            raise InputError(f"{ckpt} is not a DiT of ours: its metadata has no DiT config; expected a dit.safetensors")
+    large = config["text"] == "features"           # Wan's size: never in memory twice, nor in fp32 where bf16 will do
+    with torch.device("meta" if large else "cpu"):
+        dit = VideoDiT(config)
+    common.load_weights(dit, ckpt, *((common.precision(torch.device(device)), device) if large else ()))
+    dit = dit.to(device).eval().requires_grad_(False)
     if stage >= 2:
         tensors, lora = common.read_weights(f"{data}/lora2.safetensors")
         if "rank" not in lora:
@@ -89,7 +82,7 @@ def load_models(data="data", stage=1, ckpt="", head="", device="cpu", weak=False
         head = head or f"{data}/head{3 if stage == 3 else 1}.safetensors"
         encoder = load_phys_encoder(f"{data}/backbone.safetensors", head).to(device).eval().requires_grad_(False)
     vae = load_vae(f"{data}/vae.safetensors", device=device)
-    return Models(vae, encoder, dit, load_dit(f"{data}/guide.safetensors") if weak else None)
+    return Models(vae, encoder, dit)
 
 
 def load_published(folder, name="wan5b", device="cpu", dtype=None):
@@ -165,27 +158,27 @@ def read_text(path, config):
 
 @torch.no_grad()
 def generate_latent(models, image, text, phys, keys, frames=25, steps=12, shift=3.0, cfg=1.0, solver="ab2",
-                    progress=None, guide=1.0, temperature=1.0, null=None):
+                    progress=None, temperature=1.0, null=None):
     """The denoising loop alone: image (B, C, 1, h, w) latent, tokens, physical tokens -> latent frames 1..k."""
     from model import sample
     B, C, _, h, w = image.shape
     noise = temperature * common.randn((C, (frames - 1) // 4, h, w), keys).to(image)
     if cfg != 1 and null is None:
         null = models.read([""] * B).to(image.device)
-    return sample(models.dit, image, text, phys, noise, steps, shift, cfg, null, solver, progress, models.weak, guide)
+    return sample(models.dit, image, text, phys, noise, steps, shift, cfg, null, solver, progress)
 
 
 @torch.no_grad()
 def generate(models, image, captions, keys, frames=25, steps=12, shift=3.0, cfg=1.0, solver="ab2", progress=None,
-             guide=1.0, temperature=1.0, photo=None, null=None, chunk=None):
+             temperature=1.0, photo=None, null=None, chunk=None):
     """image (B, 3, H, W) in [-1, 1], B captions, B noise keys (int or tuple) -> video (B, 3, frames, H, W) in [-1, 1].
 
     A DiT that reads features of an outside text encoder takes captions as those (B, L, text_dim), and for cfg those of
     the negative prompt as null. chunk: latent frames that the VAE decodes at a time; 0 is all, None 0 or 2 by size.
     photo (B, 3, S, S): the same picture for the encoder, which may be finer than the video; by default the image.
-    cfg guides by the text, guide away from models.weak, as in model.sample. The noise of a clip depends on its key
-    alone, not on the batch, the rank or the device; its scale is the temperature: 1 samples what the model was trained
-    on, less leans towards the likeliest future, and seeds differ less."""
+    cfg guides by the text, as in model.sample. The noise of a clip depends on its key alone, not on the batch, the rank
+    or the device; its scale is the temperature: 1 samples what the model was trained on, less leans towards the
+    likeliest future, and seeds differ less."""
     device = image.device
     with common.autocast(device):
         first = models.vae.encode(image[:, :, None])                                                # (B, C, 1, h, w)
@@ -194,7 +187,7 @@ def generate(models, image, captions, keys, frames=25, steps=12, shift=3.0, cfg=
         phys = models.encoder(look, grid, (frames - 1) // 4) if models.encoder is not None else None  # (B, P, D)
         text = (captions if torch.is_tensor(captions) else models.read(captions)).to(device)
         x0 = generate_latent(models, first, text, phys, keys, frames, steps, shift, cfg, solver, progress,
-                             guide, temperature, null)
+                             temperature, null)
         if chunk is None:
             chunk = 0 if max(image.shape[-2:]) <= SMALL else 2
         video = models.vae.decode(torch.cat([first, x0], 2), chunk)
@@ -214,7 +207,6 @@ class Config:
     fps: int = 16                   # of the file that is written
     steps: int = 12                 # sampler steps
     cfg: float = 1.0                # guidance on the text: what it names stays there; 1 is off
-    guide: float = 1.0              # guidance away from the mistakes of a weaker model, guide.safetensors; 1 is off
     temperature: float = DEFAULT_TEMPERATURE  # scale of the initial noise: 1 is all that can happen, 0 one future
     shift: float = 3.0              # > 1 spends more of the steps near noise
     solver: str = "ab2"             # ab2 (second order), euler, or unipc (Wan's own)
@@ -234,7 +226,7 @@ class Config:
 PRESETS = {"nano": {},
            "small": dict(data="out/small", height=128, width=128, frames=33, cfg=1.0, temperature=1.0, scale=3),
            "wan5b": dict(model="wan5b", height=704, width=1280, frames=121, fps=24, steps=50, cfg=5.0, shift=5.0,
-                         solver="unipc", guide=1.0, temperature=1.0, stage=1, chunk=2, scale=1)}
+                         solver="unipc", temperature=1.0, stage=1, chunk=2, scale=1)}
 
 
 def main():
@@ -243,7 +235,7 @@ def main():
     if not cfg.image:
         raise InputError("which image? For example: python sample.py data/drop.png")
     common.check_range(cfg, n=(1, 64), frames=(5, 1001), height=(16, 8192), width=(16, 8192), fps=(1, 240),
-                       chunk=(0, 1000), steps=(1, 1000), cfg=(0, 30), guide=(0, 30), temperature=(0, 2),
+                       chunk=(0, 1000), steps=(1, 1000), cfg=(0, 30), temperature=(0, 2),
                        shift=(0.01, 100), stage=(0, 3), scale=(1, 16))
     common.check_frames(cfg)
     from model import BYTES, SOLVERS
@@ -279,7 +271,7 @@ def main():
         from data.embed_text import embed
         texts = embed([prompt, cfg.negative], cfg.weights or cfg.data, device=device)
     models = load_published(cfg.weights, cfg.model, device) if cfg.weights else load_models(
-        cfg.data, stage, cfg.ckpt, cfg.head, device, weak=cfg.guide != 1)
+        cfg.data, stage, cfg.ckpt, cfg.head, device)
     captions = [prompt] * cfg.n
     if features:
         if cfg.text_emb:
@@ -297,7 +289,7 @@ def main():
     with tqdm(total=cfg.steps, desc="sampling", unit="step") as bar:
         video = generate(models, image.to(device).expand(cfg.n, -1, -1, -1), captions,
                          [cfg.seed + i for i in range(cfg.n)], cfg.frames, cfg.steps, cfg.shift, cfg.cfg, cfg.solver,
-                         progress=lambda done, total: bar.update(1), guide=cfg.guide, temperature=cfg.temperature,
+                         progress=lambda done, total: bar.update(1), temperature=cfg.temperature,
                          photo=photo, null=null, chunk=cfg.chunk)
     sampled = time.time()
     common.write_video(out, common.grid([common.to_uint8(v) for v in video], min(cfg.n, 4)), cfg.fps, cfg.scale)

@@ -77,8 +77,6 @@ class Config:
 
 FAST = dict(lr=1.2e-2, adam_lr=4e-3)               # short runs want higher rates
 PRESETS = {"nano": {}, "taste": FAST | dict(name="taste", pool="out/pool_taste", clips=1536, steps=450, eval_every=225),
-           # the weak model that sample.py --guide steers away from
-           "guide": FAST | dict(name="guide", model="guide", phys=False, steps=600),
            # not trained yet: from scratch on one GPU, and published weights that data/fetch.py has put in order
            "small": dict(name="small", model="small", pool="out/pool_small", size=128, frames=33, clips=32768,
                          steps=20000, batch=128, lr=3e-3, adam_lr=1e-3, eval_every=2000)}
@@ -201,7 +199,7 @@ def main():
     names = common.check_names("scenarios", cfg.scenarios, simdata.SCENARIOS)
     device, rank, world = common.setup(cfg.device)
     if M.CONFIGS.get(cfg.model, {}).get("text") != "bytes" and not cfg.init_from:
-        raise common.InputError(f"--model={cfg.model}: expected nano, small or guide; other ones come with --init_from")
+        raise common.InputError(f"--model={cfg.model}: expected nano, small or tiny; other ones come with --init_from")
     if cfg.phys and cfg.foretell and cfg.fps != 16:
         raise common.InputError(f"--fps={cfg.fps}: what is foretold is at 16 fps; expected --fps=16 or "
                                 "--foretell=False")
