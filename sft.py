@@ -75,8 +75,10 @@ class Config:
     device: str = "auto"            # auto, cuda, mps or cpu
 
 
-FAST = dict(lr=1.2e-2, adam_lr=4e-3)               # short runs want higher rates
-PRESETS = {"nano": {}, "taste": FAST | dict(name="taste", pool="out/pool_taste", clips=1536, steps=450, eval_every=225),
+PRESETS = {"nano": {},
+           # a short run wants higher rates
+           "taste": dict(name="taste", pool="out/pool_taste", clips=1024, steps=220, warmup=50, lr=1.2e-2, adam_lr=4e-3,
+                         eval_every=110),
            # not trained yet: from scratch on one GPU, and published weights that data/fetch.py has put in order
            "small": dict(name="small", model="small", pool="out/pool_small", size=128, frames=33, clips=32768,
                          steps=20000, batch=128, lr=3e-3, adam_lr=1e-3, eval_every=2000)}
