@@ -77,8 +77,8 @@ class Config:
 
 PRESETS = {"nano": {},
            # a short run wants higher rates
-           "taste": dict(name="taste", pool="out/pool_taste", clips=1024, steps=220, warmup=50, lr=1.2e-2, adam_lr=4e-3,
-                         eval_every=110),
+           "taste": dict(name="taste", pool="out/pool_taste", clips=1536, steps=450, lr=1.2e-2, adam_lr=4e-3,
+                         eval_every=225),
            # not trained yet: from scratch on one GPU, and published weights that data/fetch.py has put in order
            "small": dict(name="small", model="small", pool="out/pool_small", size=128, frames=33, clips=32768,
                          steps=20000, batch=128, lr=3e-3, adam_lr=1e-3, eval_every=2000)}
