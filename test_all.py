@@ -1640,8 +1640,9 @@ def test_dpo_runs_and_resumes(tmp_path):
     # with less memory the same, but for rounding
     run("dpo.py", *tiny, "--name=turn", "--steps=3", "--stages=2", "--in_turn=True", "--checkpointing=True",
         cwd=tmp_path)
+    # in the norm: Adam takes a full step where a gradient is nothing but rounding, so single numbers may differ
     for k, v in read_all(tmp_path / "out/turn/lora2.safetensors").items():
-        assert (lora[k] - v).abs().max() <= 0.02 * v.abs().max(), k
+        assert (lora[k] - v).norm() <= 0.02 * v.norm(), k
     two_ranks(f"{HERE}/dpo.py", *tiny, "--name=ranks", "--steps=1", cwd=tmp_path)
     ranks = [json.loads(line) for line in open(tmp_path / "out/ranks/metrics2.jsonl")]
     assert next(e for e in ranks if "loss" in e)["loss"] == pytest.approx(math.log(2), abs=1e-4)
