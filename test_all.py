@@ -811,6 +811,7 @@ def test_the_readout_is_put_right():
     both = encoder(photo, (4, 4), 6, (owner * known, path))
     assert torch.allclose(both, torch.where(known[..., None], forced, plain), atol=1e-4)
     mine = (owner[0] == 1)[:, None, None]
+    assert torch.equal(encoder.features(photo, (owner, path))[2][3], encoder.features(photo)[2][3])      # its colour
     center = encoder.features(photo, (owner, path))[2][2][0]
     assert ((center * mine).sum(0) / mine.sum() - path[0, 0]).abs().max() < 1e-5
     for known in ({}, {"mask": batch["mask"]}):
@@ -1640,9 +1641,14 @@ def test_dpo_runs_and_resumes(tmp_path):
     # with less memory the same, but for rounding
     run("dpo.py", *tiny, "--name=turn", "--steps=3", "--stages=2", "--in_turn=True", "--checkpointing=True",
         cwd=tmp_path)
-    # in the norm: Adam takes a full step where a gradient is nothing but rounding, so single numbers may differ
+    # (the gradients' running means: Adam makes a whole step of one that is nothing but rounding)
+    whole, turn = (read_all(tmp_path / f"out/{name}/state2.safetensors") for name in ("a", "turn"))
+    means = [k for k in turn if k.endswith("exp_avg")]
+    assert len(means) == len(lora)
+    for k in means:
+        assert (whole[k] - turn[k]).abs().max() <= 0.02 * turn[k].abs().max(), k
     for k, v in read_all(tmp_path / "out/turn/lora2.safetensors").items():
-        assert (lora[k] - v).norm() <= 0.02 * v.norm(), k
+        assert (lora[k] - v).norm() <= 0.01 * v.norm(), k
     two_ranks(f"{HERE}/dpo.py", *tiny, "--name=ranks", "--steps=1", cwd=tmp_path)
     ranks = [json.loads(line) for line in open(tmp_path / "out/ranks/metrics2.jsonl")]
     assert next(e for e in ranks if "loss" in e)["loss"] == pytest.approx(math.log(2), abs=1e-4)
@@ -1832,7 +1838,7 @@ def test_shipped_model_listens():
     assert (sample.generate(models, image.flip(0), captions, keys, steps=8) - video).abs().mean() > 0.01
     assert (sample.generate(models, image, ["a green clay box rests"] * 4, keys, steps=8) - video).abs().max() > 0.02
     guided = sample.generate(models, image, captions, keys, steps=8, cfg=4.0)
-    assert 1e-3 < (guided - video).abs().mean() < 0.2
+    assert 0.005 < (guided - video).abs().mean() < 0.2
     # a lower temperature brings two seeds closer together, not into one
     spread = lambda T: (sample.generate(models, image, captions, keys, steps=8, temperature=T) - sample.generate(
         models, image, captions, [("u", i) for i in range(4)], steps=8, temperature=T)).abs().mean()
