@@ -622,61 +622,77 @@ class Contacts:
         return tuple(torch.cat(both) for both in zip(floor, pair))
 
 
+def _momentum(count):
+    theta, betas = 1.0, []
+    for _ in range(count):
+        theta, was = (theta**4 / 4 + theta**2) ** 0.5 - theta**2 / 2, theta
+        betas.append(was * (1 - was) / (was * was + theta))
+    return torch.tensor(betas)
+
+
+MOMENTUM = _momentum(32)                           # Nesterov's, by the steps since it began; one solve makes fewer
+
+
 class Impulses:
-    """Projected Jacobi: impulses that make every contact separate at >= a target speed, within Coulomb's cone."""
+    """Projected Jacobi: impulses that make every contact separate at >= a target speed, within Coulomb's cone.
+
+    Impulses and speeds are in a contact's own frame (normal, two tangents): (3, C). Velocities of all bodies and the
+    world are V (6, M+1), linear above angular; V_contact = J V, and impulses p change V by W p, W = M^-1 J^T."""
     def __init__(self, a, b, point, n, x, inv_mass, inv_inertia, clip):
         """a, b (C,), point and normal (C, 3); of all bodies x (M+1, 3), inv_mass (M+1,), inv_inertia (M+1, 3, 3) and
         the clip they are in (M+1,)."""
         self.clip, self.home = clip, clip[a]       # of bodies and of contacts
-        self.n, self.k = n, torch.cat([a, b])      # both sides of each contact, one after the other: (2C,)
-        self.r = torch.cat([point, point]) - x[self.k]
-        self.m, self.I = inv_mass[self.k, None], inv_inertia[self.k]
-        self.into = (self.k[:, None] * 3 + torch.arange(3, device=x.device)).flatten()             # (6C,)
-        both = lambda y: y[:len(n)] + y[len(n):]
-        arm = cross(self.r, torch.cat([n, n]))
+        side = torch.where(n[:, 2:].abs() < 0.7, *torch.eye(3, device=x.device)[[2, 0]])            # not along n
+        side = cross(side, n)
+        side = side / side.norm(dim=-1, keepdim=True)
+        self.frame = torch.stack([n, side, cross(n, side)])                                         # (3, C, 3)
+        k = torch.stack([a, b])                                                                     # (2, C)
+        r, m, I = point - x[k], inv_mass[k], inv_inertia[k]
+        push = self.frame[:, None].expand(-1, 2, -1, -1)                                            # (3, 2, C, 3)
+        arm = cross(r, push)
+        spin = rotate(I, arm)
+        sign = torch.tensor([1.0, -1.0], device=x.device)[:, None, None]
+        rows = lambda *t: (torch.cat(t, -1) * sign).permute(0, 3, 1, 2).flatten(1, 2)
+        self.J, self.W = rows(push, arm), rows(m[..., None] * push, spin)                           # (3, 12, C)
+        # where in a flat V the six numbers of both bodies are: flat gathers and index_adds are many times faster
+        self.into = (k + len(x) * torch.arange(6, device=x.device)[:, None, None]).flatten(0, 1)    # (12, C)
         # a body's mass is split over its n contacts: with D_ii = n_a w_a + n_b w_b, lambda_max(D^-1 A) <= 1, and the
         # iteration converges (w: inverse masses along the normal and, an upper bound for every direction, across it)
-        count = torch.zeros_like(inv_mass).index_add_(0, self.k, torch.ones_like(self.m[:, 0]))[self.k]
-        w_n = both(count * (self.m[:, 0] + dot(arm, rotate(self.I, arm))))
-        w_t = both(count * (self.m[:, 0] + self.I.abs().sum(-1).amax(-1) * dot(self.r, self.r)))
-        self.step_n, self.step_t = 1 / w_n.clamp_min(1e-12), 1 / w_t.clamp_min(1e-12)
+        count = torch.zeros_like(inv_mass).index_add_(0, k.flatten(), torch.ones_like(m).flatten())[k]
+        w_n = (count * (m + dot(arm[0], spin[0]))).sum(0)
+        w_t = (count * (m + I.abs().sum(-1).amax(-1) * dot(r, r))).sum(0)
+        self.step = 1 / torch.stack([w_n, w_t, w_t]).clamp_min(1e-12)                               # (3, C)
 
-    def speed(self, v, w):
-        """Velocities (M+1, 3) -> that of a against b at each contact (C, 3)."""
-        u = v[self.k] + cross(w[self.k], self.r)
-        return u[:len(self.n)] - u[len(self.n):]
+    def speed(self, V):
+        """Velocities (6, M+1) -> that of a against b at each contact, in its frame (3, C)."""
+        # sums of few terms: twelve at once would be added in an order that depends on how many contacts there are
+        return (self.J * V.take(self.into)).unflatten(1, (3, 4)).sum(2).sum(1)
 
-    def apply(self, v, w, p):
-        p = torch.cat([p, -p])                     # (2C, 3); a flat index_add is many times faster than one of rows
-        v = v.flatten().index_add(0, self.into, (self.m * p).flatten()).view_as(v)
-        return v, w.flatten().index_add(0, self.into, rotate(self.I, cross(self.r, p)).flatten()).view_as(w)
+    def apply(self, V, p):
+        return V.flatten().index_add(0, self.into.flatten(), (self.W * p[:, None]).sum(0).flatten()).view_as(V)
 
-    def solve(self, v, w, target, mu, p, iterations):
-        """Velocities, target speeds (C,), friction (C,), first guess of the impulses (C, 3) -> v, w, impulses.
+    def solve(self, V, target, mu, p, iterations):
+        """Velocities, target speeds (C,), friction (C,), first guess of the impulses (3, C) -> velocities, impulses.
 
         Nesterov's acceleration, begun anew in a clip whose steps grow (after O'Donoghue and Candes, arXiv 1204.3982):
         plain iterations are too slow where heavy bodies lie on light ones. What is extrapolated in the impulses is
         extrapolated in the velocities, which are linear in them."""
-        p_last, (v, w) = p, self.apply(v, w, p)
-        v_last, w_last, theta = v, w, torch.ones_like(v[:, 0])                       # theta: of clips, at most (M+1,)
-        step_last = torch.full_like(theta, torch.inf)
+        V, goal = self.apply(V, p), torch.stack([target, 0 * target, 0 * target])
+        V_last, p_last, momentum = V, p, MOMENTUM.to(V)
+        age = torch.zeros(V.shape[1], dtype=torch.long, device=V.device)             # of clips, at most (M+1,)
+        moved_last = torch.full_like(V[0], torch.inf)
         for _ in range(iterations):
-            square = theta * theta
-            theta, was = (square * square / 4 + square).sqrt() - square / 2, theta
-            beta = (was * (1 - was) / (was * was + theta))[:, None]
-            v_y, w_y = v + beta[self.clip] * (v - v_last), w + beta[self.clip] * (w - w_last)
-            y = p + beta[self.home] * (p - p_last)
-            u, y_n = self.speed(v_y, w_y), dot(y, self.n)
-            u_n = dot(u, self.n)
-            new_n = (y_n + self.step_n * (target - u_n)).clamp_min(0)
-            new_t = y - y_n[:, None] * self.n - self.step_t[:, None] * (u - u_n[:, None] * self.n)
-            size = new_t.norm(dim=-1).clamp_min(1e-12)
-            new = new_n[:, None] * self.n + new_t * (mu * new_n / size).clamp_max(1)[:, None]
-            step = torch.zeros_like(theta).index_add_(0, self.home, dot(new - y, new - y) / self.step_n)
-            theta, step_last = torch.where(step > step_last, 1.0, theta), step
-            v_last, w_last, p_last, p = v, w, p, new
-            v, w = self.apply(v_y, w_y, new - y)
-        return v, w, p
+            beta = momentum[age]
+            V_y, y = torch.addcmul(V, beta[self.clip], V - V_last), torch.addcmul(p, beta[self.home], p - p_last)
+            p_n, *p_t = torch.addcmul(y, self.step, goal - self.speed(V_y)).unbind()
+            p_n = p_n.clamp_min(0)
+            grip = (mu * p_n / torch.hypot(*p_t).clamp_min(1e-12)).clamp_max(1)
+            p_last, p = p, torch.stack([p_n, p_t[0] * grip, p_t[1] * grip])
+            change = p - y
+            moved = torch.zeros_like(V[0]).index_add_(0, self.home, (change * change).sum(0) / self.step[0])
+            age, moved_last = torch.where(moved > moved_last, 0, age + 1), moved
+            V_last, V = V, self.apply(V_y, change)
+        return V, p
 
 
 def simulate(scene, frames, fps, gravity=None, rate=RATE):
@@ -727,26 +743,26 @@ def simulate(scene, frames, fps, gravity=None, rate=RATE):
         start = warm[slot]
         warm[last], last = 0, slot
         if len(slot):
-            touch = Impulses(a, b, point, n, x, inv_mass, I, clip)
-            approach = -dot(touch.speed(v, w), n)
+            touch, V = Impulses(a, b, point, n, x, inv_mass, I, clip), torch.cat([v, w], 1).T.contiguous()
+            approach = -touch.speed(V)[0]
             # speed when the surfaces met: what the fall through the gap added is taken away again
             speed = (approach.square() - 2 * dot(g[a] - g[b], n) * gap).clamp_min(0).sqrt()
             bounces = approach > 3 * h * 9.81                                        # slower than that is resting
             target = torch.where(bounces, contacts.e[a] * contacts.e[b] * speed, 0.0)
             v_free, w_free = v, w
-            v, w, p = touch.solve(v, w, target, contacts.mu[a] * contacts.mu[b], start * ~bounces[:, None], 20)
+            start = dot(touch.frame, start) * ~bounces                                              # (3, C)
+            V, p = touch.solve(V, target, contacts.mu[a] * contacts.mu[b], start, 20)
+            v, w = V.T.split(3, 1)
             # resting and sliding forces act all through the step, so half of what they do to v belongs into x as well
             steady = torch.ones(M + 1, 1, device=device)
             steady[a[bounces]] = 0
             steady[b[bounces]] = 0
             x, q = x + h / 2 * steady * (v - v_free), quat_mul(quat_exp(h / 2 * steady * (w - w_free)), q)
-            warm[slot] = p
-            p_n = dot(p, n)
+            warm[slot] = (touch.frame * p[..., None]).sum(0)
             for one, other in ((a, b), (b, a)):
-                given = given.index_add(0, one * (N + 1) + torch.where(other == M, N, other % N), p_n)
+                given = given.index_add(0, one * (N + 1) + torch.where(other == M, N, other % N), p[0])
             # the same solver moves positions: the penetration is the "speed" wanted, friction-free, from zero
-            still = torch.zeros_like(x)
-            dx, dq, _ = touch.solve(still, still, -gap, 0 * gap, torch.zeros_like(n), 10)
+            dx, dq = touch.solve(torch.zeros_like(V), -gap, 0 * gap, torch.zeros_like(p), 10)[0].T.split(3, 1)
             x, q = x + dx, quat_mul(quat_exp(dq), q)
         if (step + 1) % steps == 0:
             record.append((x, q, v, w, given))
