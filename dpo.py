@@ -241,7 +241,7 @@ def train(cfg, stage, models, pairs, folder, stop, device, rank, world):
     else:
         head.requires_grad_(True)
         head.scratch.refinenet4.resConfUnit1.requires_grad_(False)                   # in every DPT, used by none
-    latent = torch.cat([pairs["first"][:16], pairs["winner"][:16]], 2)
+    latent = torch.cat([pairs["first"][:16], pairs["winner"][:16, :, :1]], 2)
     raw = Policy(dit, head, visibility(models.vae, latent.to(device))).to(device).train()
     trained = {k: p for k, p in raw.named_parameters() if p.requires_grad}
     reference = {k: p.detach().clone() for k, p in trained.items()}                  # no second model, just tensors

@@ -36,6 +36,7 @@ import vae as V
 from common import InputError
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+common.setup("cpu")                                # as every script does: it keeps memory that was freed
 torch.set_num_threads(2)
 os.environ["OMP_NUM_THREADS"] = "2"                # in processes of their own, too: sums depend on it in the last bit
 

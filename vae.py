@@ -396,14 +396,15 @@ def load_vae(path, config=None, device="cpu"):
 def visibility(vae, latent):
     """How much of each latent channel a picture shows: E |d video / d channel|^2, mean 1 -> (C, 1, 1, 1).
 
-    latent (B, C, 1+k, h, w): a few clips to measure it on. All channels have variance one, and those that hardly show
-    are the hardest to predict: a model that is trained in latents without this weight works mostly for them. One random
-    projection of the video gives all channels in one backward pass."""
-    latent = latent.float().requires_grad_()                                                        # (B, C, 1+k, h, w)
-    video = vae.decode(latent)
-    random = torch.randn(video.shape, generator=common.generator("visibility")).to(video)
-    gradient, = torch.autograd.grad(video, latent, random)
-    power = gradient[:, :, 1:].square().mean((0, 2, 3, 4))
+    latent (B, C, 1+k, h, w), k > 0: a few clips to measure it on; their first two frames tell as much as all. All
+    channels have variance one, and those that hardly show are the hardest to predict: a model that is trained in latents
+    without this weight works mostly for them. One random projection of the video gives all channels in one backward
+    pass."""
+    g, power = common.generator("visibility"), 0
+    for part in latent.float().split(max(1, 2048 // latent[0, 0, 0].numel())):       # large pictures one at a time
+        video = vae.decode(part.requires_grad_())
+        gradient, = torch.autograd.grad(video, part, torch.randn(video.shape, generator=g).to(video))
+        power = power + gradient[:, :, 1:].square().sum((0, 2, 3, 4))
     return (power / power.mean()).view(-1, 1, 1, 1)
 
 
