@@ -9,6 +9,7 @@ import datetime
 import inspect
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import random
@@ -137,6 +138,15 @@ def check_sides(cfg, names, step):
 # ----------------------------------------------------------------------------------------------------------------------
 # device, ranks, precision
 
+def keep_memory():
+    """glibc gives every freed activation back to the system and faults it in again a moment later.
+
+    M_MMAP_MAX (-4) and M_TRIM_THRESHOLD (-1) make it keep them."""
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-4, 0), mallopt(-1, 2**31 - 1)
+
+
 def setup(device="auto"):
     """-> (torch.device, rank, world size). Under torchrun it joins the process group and owns one GPU per rank."""
     if device == "auto":
@@ -146,11 +156,7 @@ def setup(device="auto"):
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError):
         raise InputError(f"--device={device} is not usable here; expected auto, cuda, mps or cpu") from None
-    with contextlib.suppress(OSError, AttributeError):
-        # glibc gives every freed activation back to the system and faults it in again a moment later.
-        # M_MMAP_MAX (-4) and M_TRIM_THRESHOLD (-1) make it keep them.
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(-4, 0), mallopt(-1, 2**31 - 1)
+    keep_memory()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and not dist.is_initialized():
         if device.type == "cuda":
@@ -199,6 +205,32 @@ def attention(q, k, v):
             score = (q * q.shape[3] ** -0.5).to(v.dtype) @ k.to(v.dtype).transpose(2, 3)            # (B, N, L, L')
             return score.to(full).softmax(-1).to(v.dtype) @ v
         return F.scaled_dot_product_attention(q.to(full), k.to(full), v.to(full)).to(v.dtype)
+
+
+def _begin():
+    torch.set_num_threads(1)
+    keep_memory()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)   # Ctrl-C reaches the whole group; the process that started it ends it
+
+
+def _call(function, task):
+    return {k: v.numpy() if torch.is_tensor(v) else v for k, v in function(*task).items()}
+
+
+def side_by_side(function, tasks):
+    """Yield function(*task), a flat dict, for each task in order: as many at a time as this rank has cores, at most 8,
+    each in a process of its own with one thread. For what spends its time between small operations, as the simulator
+    does: there a second thread gains nothing, a second process doubles the speed."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1      # not on macOS
+    count = min(len(tasks), 8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if count < 2:
+        yield from (function(*task) for task in tasks)
+        return
+    with multiprocessing.get_context("spawn").Pool(count, _begin) as pool:
+        # as many as there are processes, then those: what is done with the results has all cores to itself
+        for i in range(0, len(tasks), count):
+            for done in pool.starmap(_call, [(function, task) for task in tasks[i:i + count]]):
+                yield {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in done.items()}
 
 
 def average(value, device):

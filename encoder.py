@@ -533,20 +533,24 @@ MIRROR = torch.ones(STATE + 2 * FUTURE)            # what changes sign in a mirr
 MIRROR[[0, 5, 6]], MIRROR[STATE::2] = -1, -1
 
 
+def frames(name, n, seed, split, size, start, photo):
+    """One part of what render gives."""
+    import simdata                                                                     # PhysEncoder needs no simulator
+    clips = simdata.make_batch(name, n, seed, split, 1 + FUTURE, size, start=start, filmed=1, photo=photo,
+                               antialias=1)                                            # of the film only truth is used
+    return dict(image=((clips["photo"] + 1) * 127.5).round().byte(), depth=clips["depth"][:, 0],
+                mask=clips["mask"][:, 0], normal=(clips["normal"][:, :, 0] * 127).round().to(torch.int8),
+                body=bodies(clips, size))
+
+
 def render(scenes, scenarios, seed, split, size, photo):
     """First frames of `scenes` scenes, and what becomes of them. -> dict over N scenes: image (3, photo, photo) uint8;
     depth (size, size) in metres, mask (size, size) uint8, normal (3, size, size) int8 in 1/127; body: bodies(...)."""
-    import simdata                                                                     # PhysEncoder needs no simulator
     names = scenarios.split(",")
     counts = [scenes // len(names) + (i < scenes % len(names)) for i in range(len(names))]
-    chunks = [(name, min(512, n - start), start) for name, n in zip(names, counts) for start in range(0, n, 512)]
-    parts = []
-    for name, n, start in tqdm(chunks, desc=f"rendering {split} scenes"):
-        clips = simdata.make_batch(name, n, seed, split, 1 + FUTURE, size, start=start, filmed=1, photo=photo,
-                                   antialias=1)                                        # of the film only truth is used
-        parts.append(dict(image=((clips["photo"] + 1) * 127.5).round().byte(), depth=clips["depth"][:, 0],
-                          mask=clips["mask"][:, 0], normal=(clips["normal"][:, :, 0] * 127).round().to(torch.int8),
-                          body=bodies(clips, size)))
+    tasks = [(name, min(512, n - start), seed, split, size, start, photo)
+             for name, n in zip(names, counts) for start in range(0, n, 512)]
+    parts = list(tqdm(common.side_by_side(frames, tasks), total=len(tasks), desc=f"rendering {split} scenes"))
     widest = max(p["body"].shape[1] for p in parts)                                    # scenarios differ in slots
     parts = [p | {"body": F.pad(p["body"], (0, 0, 0, widest - p["body"].shape[1]))} for p in parts]
     return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}

@@ -96,6 +96,21 @@ SEED = 2
 # ----------------------------------------------------------------------------------------------------------------------
 # the pool: latents are made once, training then never sees a pixel but the first frame's
 
+def prepare(batch, size, photo):
+    """A make_batch dict -> what the pool needs of it, for B clips and their mirror images, which obey the same laws."""
+    turned = batch | {k: batch[k].flip(-1) for k in ("video", "photo", "mask", "photo_mask") if k in batch}
+    owner, course = (torch.cat(x) for x in zip(*(truth(b, size, photo // PATCH) for b in (batch, turned))))
+    course[len(course) // 2:, ..., 0] *= -1
+    both = lambda k: ((torch.cat([batch[k], turned[k]]) + 1) * 127.5).round().byte()                # as in a file
+    return dict(video=both("video"), photo=both("photo"), text=M.bytes_to_tokens(batch["caption"] * 2, M.LONG).short(),
+                owner=owner, course=course)
+
+
+def simulate(scenario, count, start, form):
+    batch = simdata.make_batch(scenario, count, SEED, "train", start=start, truth=False, **form)
+    return prepare(batch, form["size"], form["photo"])
+
+
 @torch.no_grad()
 def make_pool(cfg, vae, photo, device, rank, world):
     """Fill cfg.pool with shards -> dict(latent (N, C, 1+k, h, w) bf16, photo (N, 3, S, S) uint8, text (N, 1024) bytes;
@@ -115,20 +130,21 @@ def make_pool(cfg, vae, photo, device, rank, world):
             vae=common.fingerprint(vae), paths=True, **source, start=s * shard, count=min(shard, total - s * shard),
             **form)))
     missing = [shard for shard in shards[rank::world] if not os.path.exists(shard[0])]
+
+    def read():
+        for _, what in missing:
+            batch = folder.read(what["start"], what["count"])
+            if not batch:
+                raise common.InputError(f"{cfg.folder}: none of {what['count']} clips can be read: {folder.broken[-1]}")
+            yield prepare(batch, cfg.size, photo)
+    clips = read() if folder else common.side_by_side(
+        simulate, [(what["scenario"], what["count"], what["start"], form) for _, what in missing])
     for path, what in tqdm(missing, desc=f"pool, shards of {shard}", disable=rank > 0 or not missing):
-        batch = folder.read(what["start"], what["count"]) if folder else simdata.make_batch(
-            what["scenario"], what["count"], SEED, "train", start=what["start"], truth=False, **form)
-        if not batch:
-            raise common.InputError(f"{cfg.folder}: none of {what['count']} clips can be read: {folder.broken[-1]}")
-        video = torch.cat([batch["video"], batch["video"].flip(-1)])         # a mirrored world obeys the same laws
+        made = next(clips)
         with common.autocast(device):
-            latent = torch.cat([vae.encode(v.to(device)).to("cpu", torch.bfloat16) for v in video.split(part)])
-        still = ((torch.cat([batch["photo"], batch["photo"].flip(-1)]) + 1) * 127.5).round().byte()
-        text = M.bytes_to_tokens(batch["caption"] * 2, M.LONG).short()
-        turned = batch | {k: batch[k].flip(-1) for k in ("mask", "photo_mask") if k in batch}
-        owner, course = (torch.cat(x) for x in zip(*(truth(b, cfg.size, photo // PATCH) for b in (batch, turned))))
-        course[len(course) // 2:, ..., 0] *= -1
-        common.save_weights(path, dict(latent=latent, photo=still, text=text, owner=owner, course=course), what)
+            latent = torch.cat([vae.encode(v.to(device).float() / 127.5 - 1).to("cpu", torch.bfloat16)
+                                for v in made.pop("video").split(part)])
+        common.save_weights(path, dict(latent=latent, **made), what)
     if folder and folder.broken:
         print(f"left out {len(folder.broken)} broken clips: " + "; ".join(folder.broken))
     if dist.is_initialized():

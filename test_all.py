@@ -1,5 +1,5 @@
 """
-Every promise, tested:  python -m pytest -q test_all.py        (a few minutes on two CPU cores)
+Every promise, tested:  python -m pytest -q test_all.py        (five to ten minutes on two CPU cores)
 
 Parity with diffusers and transformers is checked where these are installed and skipped where they are not.
 """
@@ -552,6 +552,20 @@ def test_vae_streams(name):
             longest.setdefault(chunk, []).append(max(seen))
         assert torch.equal(vae.decode(z), whole)                                     # nothing is remembered
     assert longest[1][0] == longest[1][1] < 13 and longest[2][0] == longest[2][1]
+
+
+def test_vae_sees_bodies_first_and_whole_clips_last(clips):
+    cfg = V.Config(steps=10)
+    data = dict(video=((clips["video"] + 1) * 127.5).round().byte(), mask=clips["mask"])
+    for step, n, side in ((7, 8, 32), (8, 2, 64)):
+        video, weight, noise = V.get_batch(cfg, data, step, 0, 1)
+        assert video.shape == (n, 3, 13, side, side) and weight.shape == (n, 1, 13, side, side)
+        assert noise.shape == (n, 32, 4, side // 8, side // 8)
+        assert (weight[:, 0, 6].amax((1, 2)) == cfg.body_weight).all()               # each shows one, half-way through
+    # two ranks see the halves of what one sees
+    ours = [V.get_batch(cfg, data, 7, rank, 2) for rank in (0, 1)]
+    for one, parts in zip(V.get_batch(cfg, data, 7, 0, 1), zip(*ours)):
+        assert torch.equal(one, torch.cat(parts))
 
 
 def test_vae_refuses():
@@ -1467,6 +1481,14 @@ def test_any_picture(tmp_path):
     flat.save(tmp_path / "k.png", exif=exif)
     turned, _ = common.read_image(str(tmp_path / "k.png"), 64)
     assert (turned[:, 5] < 0).all() != (turned[:, -5] < 0).all() and turned[:, 5].std() < 0.01
+
+
+def test_clips_made_side_by_side_are_the_same(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
+    both = list(common.side_by_side(V.clips, [("drop", "val", 2, 0, 0), ("drop", "val", 1, 0, 2)]))
+    assert [len(c["video"]) for c in both] == [2, 1]
+    for k, v in V.clips("drop", "val", 3, 0, 0).items():
+        assert torch.equal(torch.cat([c[k] for c in both]), v), k
 
 
 # ----------------------------------------------------------------------------------------------------------------------

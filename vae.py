@@ -5,7 +5,7 @@ Train the nano VAE on simulated clips (half an hour on two cores), look at out/v
     python vae.py
     python vae.py --resume=True
     python vae.py --name=decoder --init_from=data/vae.safetensors --decoder_only=True --body_weight=12
-    torchrun --nproc_per_node=8 vae.py --batch=64 --clips=20000
+    torchrun --nproc_per_node=8 vae.py --batch=32 --clips=20000
 Use it, or published weights (official or diffusers layout):
     model = load_vae("data/vae.safetensors")
     model = load_vae("Wan2.1_VAE.pth", CONFIGS["wan2.1"])
@@ -397,9 +397,9 @@ def visibility(vae, latent):
     """How much of each latent channel a picture shows: E |d video / d channel|^2, mean 1 -> (C, 1, 1, 1).
 
     latent (B, C, 1+k, h, w), k > 0: a few clips to measure it on; their first two frames tell as much as all. All
-    channels have variance one, and those that hardly show are the hardest to predict: a model that is trained in latents
-    without this weight works mostly for them. One random projection of the video gives all channels in one backward
-    pass."""
+    channels have variance one, and those that hardly show are the hardest to predict: a model that is trained in
+    latents without this weight works mostly for them. One random projection of the video gives all channels in one
+    backward pass."""
     g, power = common.generator("visibility"), 0
     for part in latent.float().split(max(1, 2048 // latent[0, 0, 0].numel())):       # large pictures one at a time
         video = vae.decode(part.requires_grad_())
@@ -418,9 +418,11 @@ class Config:
     scenarios: str = "drop"         # names in simdata.SCENARIOS, separated by commas; they take turns
     clips: int = 2000               # training clips, simulated once and kept in memory (0.4 MB each)
     val_clips: int = 64             # held-out clips
-    steps: int = 4200               # optimizer steps; the learning rate follows a cosine over them
+    steps: int = 3600               # optimizer steps; the learning rate follows a cosine over them
     max_minutes: float = 0.0        # stop after this long (0: never); --resume=True --steps=N then anneals and finishes
-    batch: int = 4                  # clips a step, over all ranks
+    batch: int = 2                  # whole clips a step, over all ranks, or as many pixels in pieces
+    crop: int = 32                  # side of the pieces around bodies that are seen first, a multiple of 8
+    whole: float = 0.2              # share of the steps, at the end, that see whole clips
     window: int = 13                # frames of a training clip, 1 + 4k
     lr: float = 1e-3                # peak learning rate
     warmup: int = 100               # steps of linear warm-up
@@ -440,18 +442,20 @@ PRESETS = {"nano": {}}
 SIZE, FRAMES = 64, 25
 
 
-def simulate(scenarios, split, count, seed, chunk=500):
-    """-> uint8 videos (N, 3, T, H, W) and body masks (N, T, H, W); the scenarios take turns, chunk by chunk."""
+def clips(scenario, split, count, seed, start):
+    """-> uint8 video (N, 3, T, H, W) and body mask (N, T, H, W)."""
     import simdata                                                                     # only training needs the world
-    videos, masks, names = [], [], scenarios.split(",")
+    batch = simdata.make_batch(scenario, count, seed, split=split, frames=FRAMES, size=SIZE, start=start)
+    return dict(video=((batch["video"] + 1) * 127.5).round().byte(), mask=batch["mask"])
+
+
+def simulate(scenarios, split, count, seed, chunk=256):
+    """Clips as a dict of two tensors; the scenarios take turns, chunk by chunk."""
+    names = scenarios.split(",")
     chunk = min(chunk, math.ceil(count / len(names)))
-    for start in tqdm(range(0, count, chunk), desc=f"simulating {split} clips"):
-        scenario = names[start // chunk % len(names)]
-        batch = simdata.make_batch(scenario, min(chunk, count - start), seed, split=split, frames=FRAMES, size=SIZE,
-                                   start=start)
-        videos.append(((batch["video"] + 1) * 127.5).round().byte())
-        masks.append(batch["mask"])
-    return torch.cat(videos), torch.cat(masks)
+    tasks = [(names[i // chunk % len(names)], split, min(chunk, count - i), seed, i) for i in range(0, count, chunk)]
+    parts = list(tqdm(common.side_by_side(clips, tasks), total=len(tasks), desc=f"simulating {split} clips"))
+    return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
 
 
 def load_clips(cfg, rank, folder):
@@ -459,9 +463,9 @@ def load_clips(cfg, rank, folder):
     path = f"{folder}/clips.safetensors"
     key = {k: getattr(cfg, k) for k in ("scenarios", "clips", "val_clips", "seed")}
     if rank == 0 and not (os.path.exists(path) and common.read_weights(path)[1] == key):
-        video, mask = simulate(cfg.scenarios, "train", cfg.clips, cfg.seed)
-        val_video, val_mask = simulate(cfg.scenarios, "val", cfg.val_clips, cfg.seed)
-        common.save_weights(path, dict(video=video, mask=mask, val_video=val_video, val_mask=val_mask), key)
+        made = simulate(cfg.scenarios, "train", cfg.clips, cfg.seed)
+        val = simulate(cfg.scenarios, "val", cfg.val_clips, cfg.seed)
+        common.save_weights(path, made | {f"val_{k}": v for k, v in val.items()}, key)
     if dist.is_initialized():
         dist.barrier()
     return common.read_weights(path)[0]
@@ -472,20 +476,31 @@ def to_float(video):
 
 
 def get_batch(cfg, data, step, rank, world):
-    """This rank's slice of the step's global batch: video, weight (B, 1, T, H, W), noise. From (seed, step)."""
+    """This rank's slice of the step's global batch: video, weight (B, 1, T, S, S), noise. From (seed, step).
+
+    Most of a picture is a still wall and floor. So pieces around bodies come first, as many as have the pixels of the
+    whole clips that come at the end."""
     g = common.generator(cfg.seed, "vae", step)
-    index = torch.randint(len(data["video"]), (cfg.batch,), generator=g)
-    first = torch.randint(FRAMES - cfg.window + 1, (cfg.batch,), generator=g)
-    flip = torch.rand(cfg.batch, generator=g) < 0.5
+    side = SIZE if step >= (1 - cfg.whole) * cfg.steps else cfg.crop
+    n = cfg.batch * (SIZE // side) ** 2
+    index = torch.randint(len(data["video"]), (n,), generator=g)
+    first = torch.randint(FRAMES - cfg.window + 1, (n,), generator=g)
+    flip = torch.rand(n, generator=g) < 0.5
+    which, *shift = torch.rand(3, n, generator=g)
     z = CONFIGS["nano"]["z_dim"]
-    noise = torch.randn(cfg.batch, z, 1 + cfg.window // 4, SIZE // 8, SIZE // 8, generator=g)
-    mine = range(rank * cfg.batch // world, (rank + 1) * cfg.batch // world)
-    cut = [(index[i], slice(first[i], first[i] + cfg.window), flip[i]) for i in mine]
-    video = to_float(torch.stack([data["video"][i, :, t].flip(-1) if f else data["video"][i, :, t] for i, t, f in cut]))
-    body = torch.stack([data["mask"][i, t].flip(-1) if f else data["mask"][i, t] for i, t, f in cut]) > 0
+    noise = torch.randn(n, z, 1 + cfg.window // 4, side // 8, side // 8, generator=g)
+    mine, video, body = range(rank * n // world, (rank + 1) * n // world), [], []
+    for i in mine:
+        time = slice(first[i], first[i] + cfg.window)
+        v, m = data["video"][index[i], :, time], data["mask"][index[i], time]                       # (3, T, H, W)
+        spots = m[cfg.window // 2].nonzero()                                         # of bodies, half-way through
+        spot = spots[int(which[i] * len(spots))].tolist() if len(spots) else [SIZE // 2] * 2
+        y, x = (min(max(int(at - side * s[i]), 0), SIZE - side) for at, s in zip(spot, shift))
+        cut = (..., slice(y, y + side), slice(x, x + side))
+        video.append(v[cut].flip(-1) if flip[i] else v[cut]), body.append(m[cut].flip(-1) if flip[i] else m[cut])
     # Dilated by one pixel and one frame: edges, and where a body just was or is about to be, are where ghosts appear.
-    body = F.max_pool3d(body.float()[:, None], 3, stride=1, padding=1)                 # (B, 1, T, H, W)
-    return video, 1 + (cfg.body_weight - 1) * body, noise[list(mine)]
+    body = F.max_pool3d((torch.stack(body) > 0).float()[:, None], 3, stride=1, padding=1)           # (B, 1, T, S, S)
+    return to_float(torch.stack(video)), 1 + (cfg.body_weight - 1) * body, noise[list(mine)]
 
 
 @torch.no_grad()
@@ -522,15 +537,15 @@ def latent_stats(model, data, device, rank, world, clips=512):
 def main():
     cfg = common.parse_config(Config, sys.argv[1:], PRESETS)
     common.check_range(cfg, clips=(1, 10**6), val_clips=(1, 10**5), steps=(1, 10**8), batch=(1, 10**5), lr=(0, 1),
-                       window=(5, FRAMES), eval_every=(1, 10**8), warmup=(0, 10**8))
+                       window=(5, FRAMES), crop=(8, SIZE), whole=(0, 1), eval_every=(1, 10**8), warmup=(0, 10**8))
     import simdata
     common.check_names("scenarios", cfg.scenarios, simdata.SCENARIOS)
     device, rank, world = common.setup(cfg.device)
     if cfg.decoder_only and not cfg.init_from:
         raise common.InputError("--decoder_only=True keeps the encoder of --init_from=FILE; give that file")
-    if cfg.batch % world or cfg.window % 4 != 1:
+    if cfg.batch % world or cfg.window % 4 != 1 or cfg.crop % 8:
         raise common.InputError(f"--batch={cfg.batch} must be a multiple of the {world} ranks, "
-                                f"--window={cfg.window} must be 1 + 4k")
+                                f"--window={cfg.window} must be 1 + 4k, --crop={cfg.crop} a multiple of 8")
     if cfg.out:
         common.check_writable(cfg.out)
     folder = common.start_run(cfg, rank, f"out/{cfg.name}")
