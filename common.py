@@ -221,7 +221,8 @@ def side_by_side(function, tasks):
     """Yield function(*task), a flat dict, for each task in order: as many at a time as this rank has cores, at most 8,
     each in a process of its own with one thread. For what spends its time between small operations, as the simulator
     does: there a second thread gains nothing, a second process doubles the speed."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1    # macOS has none
+    # macOS cannot say which cores are ours
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     count = min(len(tasks), 8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if count < 2:
         yield from (function(*task) for task in tasks)
