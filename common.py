@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import zipfile
+from concurrent.futures import ProcessPoolExecutor
 
 import imageio
 import numpy as np
@@ -227,11 +228,16 @@ def side_by_side(function, tasks):
     if count < 2:
         yield from (function(*task) for task in tasks)
         return
-    with multiprocessing.get_context("spawn").Pool(count, _begin) as pool:
-        # as many as there are processes, then those: what is done with the results has all cores to itself
-        for i in range(0, len(tasks), count):
-            for done in pool.starmap(_call, [(function, task) for task in tasks[i:i + count]]):
-                yield {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in done.items()}
+    with ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _begin) as pool:
+        try:                                       # a process that is killed, for memory, ends all with an error
+            # as many as there are processes, then those: what is done with the results has all cores to itself
+            for i in range(0, len(tasks), count):
+                for done in list(pool.map(_call, [function] * count, tasks[i:i + count])):
+                    yield {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in done.items()}
+        except BaseException:                      # Ctrl-C shall not wait for what is half done
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
 
 
 def average(value, device):

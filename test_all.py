@@ -404,6 +404,21 @@ def test_clip_follows_from_what_is_visible(clips):
     assert (larger - frame).abs().amax((1, 2, 3, 4)).min() > 0.02                    # the tiles stay 0.25 m
 
 
+def test_what_was_simulated_is_remembered():
+    scene = one_body(0, [0.5])
+    first = simdata.simulate(scene, 2, 16)["position"]
+    kept = first.clone()
+    first.zero_()
+    for _ in range(2):                             # what a caller does to it stays with him
+        simdata.simulate(scene, 2, 16)["position"].zero_()
+    number = len(simdata.REMEMBERED)
+    assert torch.equal(simdata.simulate(scene, 2, 16)["position"], kept) and len(simdata.REMEMBERED) == number
+    for key in ("mass", "position", "velocity"):   # another scene is another scene
+        simdata.simulate(scene | {key: scene[key] + 1}, 2, 16)
+    assert len(simdata.REMEMBERED) == min(number + 3, 64)
+    assert not torch.equal(simdata.simulate(scene, 2, 16, gravity=torch.zeros(1, 3))["position"], kept)
+
+
 def test_a_new_scenario_is_one_function():
     """The README's example, as it stands there."""
     code = re.search(r"## Fork it.*?```python\n(.*?)```", open(f"{HERE}/README.md").read(), re.S)[1]
