@@ -53,7 +53,7 @@ class Config:
     phys: bool = True               # with the PhysEncoder; False trains the plain DiT
     foretell: bool = True           # physical tokens for the frames to come, too (needs readout.safetensors)
     forced: float = 0.75            # of the clips, where those say the truth, if it is known; 0, or 1 in the last third
-    steps: int = 1100               # optimizer steps
+    steps: int = 1000               # optimizer steps
     batch: int = 32                 # clips a step, over all ranks
     accumulate: int = 1             # micro-batches a step and rank, for less memory
     lr: float = 6e-3                # peak learning rate of Muon: the matrices inside the blocks
@@ -76,9 +76,9 @@ class Config:
 
 
 PRESETS = {"nano": {},
-           # a short run wants higher rates
-           "taste": dict(name="taste", pool="out/pool_taste", clips=1536, steps=450, lr=1.2e-2, adam_lr=4e-3,
-                         eval_every=225),
+           # a short run wants higher rates, and soon
+           "taste": dict(name="taste", pool="out/pool_taste", clips=1024, steps=220, lr=1.2e-2, adam_lr=4e-3,
+                         warmup=40, eval_every=110),
            # not trained yet: from scratch on one GPU, and published weights that data/fetch.py has put in order
            "small": dict(name="small", model="small", pool="out/pool_small", size=128, frames=33, clips=32768,
                          steps=20000, batch=128, lr=3e-3, adam_lr=1e-3, eval_every=2000)}
