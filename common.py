@@ -189,6 +189,7 @@ def precision(device):
 
 
 def autocast(device):
+    """A context in which matrix products run in bf16 where that is fast (see precision), in fp32 elsewhere."""
     fast = precision(device) == torch.bfloat16
     return torch.autocast(device.type, torch.bfloat16) if fast else contextlib.nullcontext()
 
