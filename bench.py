@@ -35,7 +35,7 @@ import vae as V
 
 @dataclass
 class Config:
-    only: str = "all"               # all, world, vae, dit, sample or memory
+    only: str = "all"               # all, world, pybullet, vae, dit, sample or memory
     repeat: int = 5                 # timed repetitions, after one warm-up
     batch: int = 32                 # clips
     data: str = "data"              # folder with the shipped weights
@@ -82,6 +82,92 @@ def world(cfg, device):
     print(f"simulate and film, 64 px, anti-aliased: {128 / t:.0f} clips/s")
     t, _ = median(lambda: simdata.make_batch("drop", 128, 0, device=device), 3, device)
     print(f"the same with masks, depth and flow: {128 / t:.0f} clips/s")
+
+
+def bullet(scene, frames, fps, rate):
+    """What PyBullet makes of a scene of simulate()'s at `rate` Hz, one clip after the other, without damping, every
+    speed bouncing -> dict of position (B, T, N, 3), rotation (B, T, N, 4)."""
+    import pybullet as p
+    steps, position, rotation = round(rate / fps), [], []
+    p.connect(p.DIRECT)
+    for i in range(len(scene["shape"])):
+        p.resetSimulation()
+        p.setGravity(*scene["gravity"][i].tolist())
+        p.setPhysicsEngineParameter(fixedTimeStep=1 / (fps * steps), restitutionVelocityThreshold=0,
+                                    numSolverIterations=50)
+        p.changeDynamics(p.createMultiBody(0, p.createCollisionShape(p.GEOM_PLANE)), -1, restitution=1,
+                         lateralFriction=1)        # as here, what two bodies have is multiplied
+        inertia = simdata.principal_inertia(scene["shape"][i], scene["half_extents"][i], scene["mass"][i])
+        ids = {}
+        for k in scene["alive"][i].nonzero()[:, 0].tolist():
+            h, (w, x, y, z) = scene["half_extents"][i, k].tolist(), scene["rotation"][i, k].tolist()
+            kind, size = [(p.GEOM_SPHERE, dict(radius=h[0])), (p.GEOM_BOX, dict(halfExtents=h)),
+                          (p.GEOM_CYLINDER, dict(radius=h[0], height=2 * h[2])),
+                          (p.GEOM_CAPSULE, dict(radius=h[0], height=2 * (h[2] - h[0])))][scene["shape"][i, k]]
+            moves = scene["dynamic"][i, k].item()
+            ids[k] = p.createMultiBody(scene["mass"][i, k].item() * moves, p.createCollisionShape(kind, **size),
+                                       basePosition=scene["position"][i, k].tolist(), baseOrientation=(x, y, z, w))
+            p.changeDynamics(ids[k], -1, restitution=scene["restitution"][i, k].item(), linearDamping=0,
+                             lateralFriction=scene["friction"][i, k].item(), angularDamping=0,
+                             **(dict(localInertiaDiagonal=inertia[k].tolist()) if moves else {}))
+        at, turned = torch.zeros(frames, *scene["position"][i].shape), torch.zeros(frames, *scene["rotation"][i].shape)
+        for t in range(frames):
+            for k, body in ids.items():
+                where, (x, y, z, w) = p.getBasePositionAndOrientation(body)
+                at[t, k], turned[t, k] = torch.tensor(where), torch.tensor([w, x, y, z])
+            for _ in range(steps):
+                p.stepSimulation()
+        position.append(at)
+        rotation.append(turned)
+    p.disconnect()
+    return dict(position=torch.stack(position), rotation=torch.stack(rotation))
+
+
+def outcome(name, scene, path):
+    """What one looks at in a scenario, a number or nan per body, (B, N) each."""
+    z, moves = path["position"][..., 2], scene["dynamic"] & scene["alive"]
+    gone = (path["position"][:, -1, :, :2] - path["position"][:, 0, :, :2]).norm(dim=-1)
+    seen = {"moved sideways, m": gone, "height at the end, m": z[:, -1]}
+    if name == "drop":
+        low = (z[:, 1:] > z[:, :-1] + 1e-4).int().argmax(1, keepdim=True)            # the last frame before it rises
+        after = torch.arange(z.shape[1], device=z.device)[None, :, None] >= low
+        rise = z.masked_fill(~after, -9).amax(1) - z.gather(1, low)[:, 0]
+        seen["bounce, m"] = rise.masked_fill(~scene["falls"], torch.nan)
+    if name in ("support", "dominoes"):            # the share that is not upright, or not where it was put
+        up = simdata.quat_to_matrix(path["rotation"][:, -1])[..., 2, 2]
+        seen["toppled"] = ((up.abs() < 0.7) | (z[:, -1] < z[:, 0] - 0.05)).float()
+    return {k: v.masked_fill(~moves, torch.nan) for k, v in seen.items()}
+
+
+def pybullet(cfg, device):
+    """The same scenes in PyBullet: until the first contact body by body, after it in distribution, for contacts are
+    chaotic. Peer's time: one process."""
+    try:
+        import pybullet as _
+    except ImportError:
+        print("pybullet is not installed: pip install pybullet")
+        return
+    fps, frames = 48, 97                           # two seconds
+    for name in simdata.SCENARIOS:
+        scene, _ = simdata.make_scene(name, 200, 0, "val")
+        path = simdata.simulate(scene, frames, fps)
+        size, moves = 2 * scene["half_extents"].amax(-1), scene["dynamic"] & scene["alive"]
+        touched = (path["impulse"].sum(-1) > 0).cumsum(1) > 0                                       # (B, T, N)
+        for rate in (240, 1920):
+            theirs = bullet(scene, frames, fps, rate)
+            off = (theirs["position"] - path["position"]).norm(dim=-1) / size[:, None]
+            free = off[~touched & moves[:, None] & (torch.arange(frames)[:, None] > 0)]
+            print(f"{name}, PyBullet at {rate} Hz, n = {len(size)}:", "until the first contact at most "
+                  f"{100 * free.max():.2f} % of the size apart" if len(free) else "all touch from the start")
+            ours, peer = outcome(name, scene, path), outcome(name, scene, theirs)
+            for k in ours:
+                a, b = ours[k], peer[k]
+                draws = torch.randint(len(a), (1000, len(a)), generator=common.generator("bullet"))
+                ratio = (a[draws].flatten(1).nanmean(1) / b[draws].flatten(1).nanmean(1)).quantile(
+                    torch.tensor([0.025, 0.975]))
+                print(f"    {k}: ours {a.nanmean():.4f}, PyBullet {b.nanmean():.4f}, "
+                      f"ratio {a.nanmean() / b.nanmean():.3f} [{ratio[0]:.3f}, {ratio[1]:.3f}], "
+                      f"body by body {(a - b).abs().nanmean():.4f} apart")
 
 
 def vae(cfg, device):
@@ -251,7 +337,7 @@ def memory(cfg, device):
 def main():
     cfg = common.parse_config(Config, sys.argv[1:])
     common.check_range(cfg, repeat=(1, 1000), batch=(1, 4096))
-    parts = {"world": world, "vae": vae, "dit": dit, "sample": sampling, "memory": memory}
+    parts = {"world": world, "pybullet": pybullet, "vae": vae, "dit": dit, "sample": sampling, "memory": memory}
     if cfg.only not in ("all", *parts):
         raise common.InputError(f"--only={cfg.only}: expected all, {', '.join(parts)}")
     device, _, _ = common.setup(cfg.device)

@@ -549,10 +549,18 @@ class Muon(torch.optim.Optimizer):
         for (rows, columns), members in alike.items():
             x = torch.stack([x for _, x, _ in members]).to(precision(p.device))            # (K, rows, columns)
             x /= x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
-            for _ in range(5):                     # Newton and Schulz: s -> 3.44 s - 4.78 s^3 + 2.03 s^5
-                gram = x @ x.mT
-                gram = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
-                x = torch.baddbmm(x, gram, x, beta=3.4445)
+            # Newton and Schulz: s -> 3.44 s - 4.78 s^3 + 2.03 s^5, five times
+            poly = lambda gram: torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
+            if columns < 2 * rows or x.dtype != torch.float32:
+                for _ in range(5):
+                    x = torch.baddbmm(x, poly(x @ x.mT), x, beta=3.4445)
+            else:                                  # all steps are factors on the left that commute: small squares do
+                one = torch.eye(rows, device=x.device).expand(len(x), -1, -1)         # (bf16 would be too coarse)
+                gram, factor = x @ x.mT, one
+                for _ in range(5):
+                    f = poly(gram) + 3.4445 * one
+                    gram, factor = f @ gram @ f, f @ factor
+                x = factor @ x
             for (p, _, tall), y in zip(members, x):
                 y = (y.mT if tall else y).reshape(p.shape)
                 p.mul_(1 - lr * decay).add_(y, alpha=-0.2 * lr * math.sqrt(columns))

@@ -475,6 +475,7 @@ class Contacts:
         flat = lambda t: t.flatten(0, 1)
         self.world = B * N
         self.shape, self.h = shape, h = flat(scene["shape"]), flat(scene["half_extents"])
+        self.tubes = (shape == CYLINDER).any().item()                                # else much is simpler
         self.bound = _bound(shape, h) + SLOP
         smooth = (shape == SPHERE) | (shape == CAPSULE)
         self.radius = torch.where(smooth, h[:, 0], 0.0)                                             # (M,)
@@ -507,9 +508,9 @@ class Contacts:
 
     def features(self, k, toward):
         """Points of bodies k (F,) in their frames -> (F, 8, 3); a cylinder's are on its rims, from `toward` on."""
-        tube = self.shape[k] == CYLINDER
-        if not tube.any():
+        if not self.tubes:
             return self.points[k]
+        tube = self.shape[k] == CYLINDER
         d, h = toward[:, :2], self.h[k]
         # within three degrees of flat the rim's points stay where they are: circling, they would lose their impulses
         d = d + 0.02 * (1 - d.norm(dim=-1, keepdim=True) / 0.05).clamp_min(0) * RING[0, :2].to(d)
@@ -523,6 +524,8 @@ class Contacts:
 
     def unroll(self, p, k):
         """Points (F, K, 3) in the frames of bodies k, in a cylinder's case (distance from the axis, 0, z)."""
+        if not self.tubes:
+            return p
         tube = (self.shape[k] == CYLINDER)[:, None]
         return torch.stack([torch.where(tube, p[..., :2].norm(dim=-1), p[..., 0]),
                             torch.where(tube, 0.0, p[..., 1]), p[..., 2]], -1)
@@ -539,8 +542,10 @@ class Contacts:
         deepest = F.one_hot(q.argmax(-1), 3).to(p)                 # nearest face, for points inside
         n = torch.where(outside[..., None], out / length.clamp_min(1e-9)[..., None], deepest)
         n = torch.where(flat < 0, -n, n)
-        spoke = p[..., :2] / p[..., :2].norm(dim=-1, keepdim=True).clamp_min(1e-9)
-        n = torch.where((self.shape[k] == CYLINDER)[:, None, None], torch.cat([n[..., :1] * spoke, n[..., 2:]], -1), n)
+        if self.tubes:
+            spoke = p[..., :2] / p[..., :2].norm(dim=-1, keepdim=True).clamp_min(1e-9)
+            tube = (self.shape[k] == CYLINDER)[:, None, None]
+            n = torch.where(tube, torch.cat([n[..., :1] * spoke, n[..., 2:]], -1), n)
         return torch.where(outside, length, q.amax(-1)) - (self.radius[k] + soft)[:, None], n, outside
 
     def nearest(self, p, d, k, soft):
@@ -553,10 +558,11 @@ class Contacts:
         square = dot(d, d).clamp_min(1e-12)
 
         def slope(s):
-            at = p + s[..., None] * d
+            at, along = p + s[..., None] * d, d
             flat = self.unroll(at, k)
-            radial = (at[..., :2] * d[..., :2]).sum(-1) / at[..., :2].norm(dim=-1).clamp_min(1e-9)
-            along = torch.stack([torch.where(tube, radial, d[..., 0]), d[..., 1], d[..., 2]], -1)
+            if self.tubes:
+                radial = (at[..., :2] * d[..., :2]).sum(-1) / at[..., :2].norm(dim=-1).clamp_min(1e-9)
+                along = torch.stack([torch.where(tube, radial, d[..., 0]), d[..., 1], d[..., 2]], -1)
             return ((flat.abs() - core).clamp_min(0) * torch.where(flat < 0, -along, along)).sum(-1) / square
 
         low, high = torch.zeros_like(square), torch.ones_like(square)
@@ -641,7 +647,8 @@ class Impulses:
     def __init__(self, a, b, point, n, x, inv_mass, inv_inertia, clip):
         """a, b (C,), point and normal (C, 3); of all bodies x (M+1, 3), inv_mass (M+1,), inv_inertia (M+1, 3, 3) and
         the clip they are in (M+1,)."""
-        self.clip, self.home = clip, clip[a]       # of bodies and of contacts
+        self.home = clip[a]
+        self.homes = torch.cat([clip.repeat(6), self.home.repeat(3)])                # of every number in solve's state
         side = torch.where(n[:, 2:].abs() < 0.7, *torch.eye(3, device=x.device)[[2, 0]])            # not along n
         side = cross(side, n)
         side = side / side.norm(dim=-1, keepdim=True)
@@ -653,9 +660,10 @@ class Impulses:
         spin = rotate(I, arm)
         sign = torch.tensor([1.0, -1.0], device=x.device)[:, None, None]
         rows = lambda *t: (torch.cat(t, -1) * sign).permute(0, 3, 1, 2).flatten(1, 2)
-        self.J, self.W = rows(push, arm), rows(m[..., None] * push, spin)                           # (3, 12, C)
+        self.J, self.W = rows(push, arm).unflatten(1, (3, 4)), rows(m[..., None] * push, spin)      # 3 x 12 x C
         # where in a flat V the six numbers of both bodies are: flat gathers and index_adds are many times faster
-        self.into = (k + len(x) * torch.arange(6, device=x.device)[:, None, None]).flatten(0, 1)    # (12, C)
+        self.into = (k + len(x) * torch.arange(6, device=x.device)[:, None, None]).flatten()        # (12 C,)
+        self.at = self.into.view(3, 4, -1)
         # a body's mass is split over its n contacts: with D_ii = n_a w_a + n_b w_b, lambda_max(D^-1 A) <= 1, and the
         # iteration converges (w: inverse masses along the normal and, an upper bound for every direction, across it)
         count = torch.zeros_like(inv_mass).index_add_(0, k.flatten(), torch.ones_like(m).flatten())[k]
@@ -666,10 +674,11 @@ class Impulses:
     def speed(self, V):
         """Velocities (6, M+1) -> that of a against b at each contact, in its frame (3, C)."""
         # sums of few terms: twelve at once would be added in an order that depends on how many contacts there are
-        return (self.J * V.take(self.into)).unflatten(1, (3, 4)).sum(2).sum(1)
+        return (self.J * V.take(self.at)).sum(2).sum(1)
 
     def apply(self, V, p):
-        return V.flatten().index_add(0, self.into.flatten(), (self.W * p[:, None]).sum(0).flatten()).view_as(V)
+        """Flat velocities (6 (M+1),) after impulses p (3, C)."""
+        return V.index_add(0, self.into, (self.W * p[:, None]).sum(0).flatten())
 
     def solve(self, V, target, mu, p, iterations):
         """Velocities, target speeds (C,), friction (C,), first guess of the impulses (3, C) -> velocities, impulses.
@@ -677,22 +686,24 @@ class Impulses:
         Nesterov's acceleration, begun anew in a clip whose steps grow (after O'Donoghue and Candes, arXiv 1204.3982):
         plain iterations are too slow where heavy bodies lie on light ones. What is extrapolated in the impulses is
         extrapolated in the velocities, which are linear in them."""
-        V, goal = self.apply(V, p), torch.stack([target, 0 * target, 0 * target])
-        V_last, p_last, momentum = V, p, MOMENTUM.to(V)
+        n, goal = V.numel(), torch.stack([target, 0 * target, 0 * target])
+        # velocities and impulses in one row: small operations cost what they are, whatever their size
+        state = torch.cat([self.apply(V.flatten(), p), p.flatten()])                                # (6 (M+1) + 3 C,)
+        last, momentum = state, MOMENTUM.to(V)
         age = torch.zeros(V.shape[1], dtype=torch.long, device=V.device)             # of clips, at most (M+1,)
         moved_last = torch.full_like(V[0], torch.inf)
         for _ in range(iterations):
-            beta = momentum[age]
-            V_y, y = torch.addcmul(V, beta[self.clip], V - V_last), torch.addcmul(p, beta[self.home], p - p_last)
-            p_n, *p_t = torch.addcmul(y, self.step, goal - self.speed(V_y)).unbind()
-            p_n = p_n.clamp_min(0)
-            grip = (mu * p_n / torch.hypot(*p_t).clamp_min(1e-12)).clamp_max(1)
-            p_last, p = p, torch.stack([p_n, p_t[0] * grip, p_t[1] * grip])
-            change = p - y
-            moved = torch.zeros_like(V[0]).index_add_(0, self.home, (change * change).sum(0) / self.step[0])
+            y = torch.addcmul(state, momentum[age][self.homes], state - last)
+            V_y, p_y = y[:n], y[n:].view(3, -1)
+            p = torch.addcmul(p_y, self.step, goal - self.speed(V_y))
+            push, slide = p[0].clamp_min(0), p[1:]
+            grip = (mu * push / torch.hypot(p[1], p[2]).clamp_min(1e-12)).clamp_max(1)
+            p = torch.cat([push[None], slide * grip])
+            change = p - p_y
+            moved = torch.zeros_like(moved_last).index_add_(0, self.home, (change * change).sum(0) / self.step[0])
             age, moved_last = torch.where(moved > moved_last, 0, age + 1), moved
-            V_last, V = V, self.apply(V_y, change)
-        return V, p
+            last, state = state, torch.cat([self.apply(V_y, change), p.flatten()])
+        return state[:n].view_as(V), p
 
 
 # A training looks at the same few val scenes again and again: of small batches, what happened in the last 64 is kept.

@@ -14,6 +14,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -212,10 +213,7 @@ def test_beams_lie_across():
 
 
 def test_no_scene_gains_energy_and_all_settle_down():
-    scene, _ = simdata.make_scene("drop", 200, 11)
-    path = simdata.simulate(scene, 33, 16)
-    total = simdata.energy(scene, path)
-    assert ((total.amax(1) - total[:, 0]) / total[:, 0]).max() < 0.01
+    drop, _ = simdata.make_scene("drop", 200, 11)
     torch.manual_seed(0)                           # and a heap of all shapes
     shape, size = torch.randint(0, 4, (300, 3)), torch.rand(300, 3, 1) * 0.06 + 0.12
     tall = size * torch.tensor([[1, 1, 1.0], [0.8, 1, 1.2], [1, 1, 0.8], [1, 1, 2]])[shape]
@@ -223,15 +221,17 @@ def test_no_scene_gains_energy_and_all_settle_down():
     heap = simdata.bodies(shape, tall, torch.randint(0, 4, (300, 3)), torch.rand(300, 3, 3) * 0.1 + above,
                           simdata.random_quat(torch.rand(300, 3, 3)), live, torch.zeros(300, 3),
                           torch.ones(300, 3, 2), live)
-    path_heap = simdata.simulate(heap, 33, 16)
-    total = simdata.energy(heap, path_heap)
+    scene = together([{k: s[k] for k in heap} for s in (drop, heap)])
+    path = simdata.simulate(scene, 33, 16)
+    total = simdata.energy(scene, path)
     assert ((total.amax(1) - total[:, 0]) / total[:, 0]).max() < 0.01
-    assert (total[:, -1] < 0.7 * total[:, 0]).all()
-    deep = path_heap["position"][..., 2] / tall.amin(-1)[:, None]                    # below 1 it is in the floor
+    assert (total[200:, -1] < 0.7 * total[200:, 0]).all()
+    deep = path["position"][200:, ..., 2] / tall.amin(-1)[:, None]                   # below 1 it is in the floor
     assert deep[:, -1].min() > 0.99 and deep.min() > 0.6                             # (steel falls on wood, see below)
+    path = {k: v[:200] for k, v in path.items()}
     low = path["position"][..., 2] - (simdata.quat_to_matrix(path["rotation"])[..., 2, :].abs()
-                                      * scene["half_extents"][:, None]).sum(-1)
-    box = (scene["shape"] == 1) & scene["alive"]
+                                      * drop["half_extents"][:, None]).sum(-1)
+    box = (drop["shape"] == 1) & drop["alive"]
     low = low.transpose(1, 2)[box]
     assert low[:, -1].min() > -0.002               # at the end no corner is under the floor; for a frame or so it may
     assert low.min() > -0.02                       # be, when steel hits the twelve times lighter wood that lies on it
@@ -656,6 +656,16 @@ def test_depth_anything_parity(tmp_path):
         assert (net(image) - want).abs().max() <= 1e-8
 
 
+@pytest.fixture(scope="module")
+def photos():
+    """96 scenes as the encoder sees them, with the truth of where things go."""
+    return simdata.make_batch("drop", 96, 5, "val", photo=simdata.PHOTO, filmed=1)
+
+
+def of_first(batch, n):
+    return {k: of_first(v, n) if isinstance(v, dict) else v[:n] for k, v in batch.items()}
+
+
 def test_what_the_backbone_is_asked():
     """Targets say what the pictures show, mirrored or not; standing still scores what eval.py's static row scores."""
     clips = simdata.make_batch("drop", 24, 5, "val")
@@ -696,11 +706,9 @@ def test_what_the_backbone_is_asked():
     assert torch.allclose(long[row, column] * E.MIRROR[4:10], flipped[row, column])
 
 
-def test_shipped_backbone_knows_what_will_happen():
+def test_shipped_backbone_knows_what_will_happen(photos):
     """From its patch tokens a linear map foretells paths twice as well as from those of an untrained backbone."""
-    photo = E.CONFIGS["nano"]["input_size"]
-    sets = [simdata.make_batch("drop", n, 11, split, filmed=1, photo=photo)
-            for n, split in ((320, "train"), (96, "val"))]
+    sets = [simdata.make_batch("drop", 320, 11, "train", filmed=1, photo=simdata.PHOTO), photos]
     trained = E.load_phys_encoder(f"{HERE}/data/backbone.safetensors", config={"out_dim": 8})
     error = []
     for encoder in (trained, E.PhysEncoder(trained.config)):
@@ -752,10 +760,10 @@ def test_bodies_are_carried_along_their_paths():
     assert torch.allclose(late[0, 1, 7].unflatten(0, (4, 4))[3], weight.new_tensor([0, 0.25, 0.25, 0]))
 
 
-def test_shipped_readout_foretells():
+def test_shipped_readout_foretells(photos):
     """In closed form, on the frozen backbone: it must know nearly what the backbone was trained for (0.034)."""
     encoder = E.load_phys_encoder(f"{HERE}/data/backbone.safetensors", config={"out_dim": 8, "foretell": True})
-    batch = simdata.make_batch("drop", 96, 5, "val", photo=simdata.PHOTO, filmed=1)
+    batch = photos
     features, grid, told = encoder.features(batch["photo"])
     occupied, cell, center, colour = told
     owner, path = E.truth(batch, 64, 8)
@@ -810,11 +818,11 @@ def test_two_bodies_are_not_foretold_in_one_place():
     assert torch.allclose(gone[0], -gone[1], atol=1e-6) and gone[0].abs().max() > 0.01
 
 
-def test_the_readout_is_put_right():
+def test_the_readout_is_put_right(photos):
     """corrected moves all cells of a body alike, so that on average they say the truth, in the mirror as well; tokens
     of frame 0 stay. Clips that do not know where their bodies go leave the readout as it is."""
     encoder = E.load_phys_encoder(f"{HERE}/data/backbone.safetensors", config={"out_dim": 8, "foretell": True})
-    batch = simdata.make_batch("drop", 16, 9, "val", photo=simdata.PHOTO, filmed=1)
+    batch = of_first(photos, 16)
     turned = batch | {k: batch[k].flip(-1) for k in ("photo", "photo_mask")}
     (owner, path), (turned_owner, turned_path) = E.truth(batch, 64, 8), E.truth(turned, 64, 8)
     assert torch.equal(path, turned_path)          # the caller's to mirror: positions are not
@@ -1529,11 +1537,22 @@ def stopped(script, *flags, cwd, when):
 
 
 def two_ranks(script, *flags, cwd, ranks=2):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone", "--"]
-    done = subprocess.run(
-        [*torchrun, script, *flags], cwd=cwd, capture_output=True, text=True, timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-2000:]
+    """Start a script as often as torchrun would and tell each what torchrun would, which takes seconds to start."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = os.environ | dict(OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(ranks),
+                            LOCAL_WORLD_SIZE=str(ranks))
+    started = [subprocess.Popen([sys.executable, script, *flags], cwd=cwd, stdout=subprocess.DEVNULL, text=True,
+                                stderr=subprocess.PIPE, env=env | dict(RANK=str(i), LOCAL_RANK=str(i)))
+               for i in range(ranks)]
+    try:
+        for process in started:
+            _, errors = process.communicate(timeout=300)
+            assert process.returncode == 0, errors[-2000:]
+    finally:
+        for process in started:
+            process.kill()
 
 
 def test_sft_resumes_to_the_bit_and_two_ranks_equal_one(tmp_path):
@@ -1548,8 +1567,11 @@ def test_sft_resumes_to_the_bit_and_two_ranks_equal_one(tmp_path):
     assert want.keys() == cut.keys() and all(torch.equal(v, cut[k]) for k, v in want.items())
     steps = [json.loads(line)["step"] for line in open(log) if "loss" in json.loads(line)]
     assert steps == list(range(12))
-    # two gloo ranks draw what one rank draws and average to the same gradient
-    two_ranks(f"{HERE}/sft.py", *TINY_SFT, *whole, "--name=ranks", cwd=tmp_path)
+    # two gloo ranks, by torchrun itself, draw what one rank draws and average to the same gradient
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    done = subprocess.run([*torchrun, f"{HERE}/sft.py", *TINY_SFT, *whole, "--name=ranks"], cwd=tmp_path, text=True,
+                          capture_output=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
     losses = [[json.loads(line)["loss"] for line in open(tmp_path / f"out/{name}/metrics.jsonl") if '"loss"' in line]
               for name in ("whole", "ranks")]
     assert np.allclose(losses[0][:3], losses[1][:3], rtol=5e-3), losses              # later, rounding has grown
@@ -1587,20 +1609,23 @@ C = M.CONFIGS["nano"]["in_dim"]
 batch = (torch.randn(4, C, 7, 8, 8, generator=g), torch.rand(4, 3, 64, 64, generator=g),
          M.bytes_to_tokens(["a", "b", "c", "d"]), torch.rand(4, generator=g), torch.randn(4, C, 6, 8, 8, generator=g))
 n = 4 // world
-how = sys.argv[1]
-run = DistributedDataParallel(net) if how == "ddp" else net
-if how == "fsdp":
-    sft.shard(net, device, world)
-    assert sum(p.to_local().numel() for p in net.dit.parameters()) < 0.6 * sum(p.numel() for p in net.dit.parameters())
-run(*(x[rank * n:(rank + 1) * n] for x in batch)).mean().backward()
-grads = {{k: common.whole(p.grad) for k, p in net.named_parameters() if p.grad is not None}}
-if rank == 0:
-    common.save_weights(f"{{how}}.safetensors", grads, {{}})
+for how in sys.argv[1:]:
+    net.zero_grad()
+    run = DistributedDataParallel(net) if how == "ddp" else net
+    if how == "fsdp":
+        sft.shard(net, device, world)
+        assert (sum(p.to_local().numel() for p in net.dit.parameters())
+                < 0.6 * sum(p.numel() for p in net.dit.parameters()))
+    run(*(x[rank * n:(rank + 1) * n] for x in batch)).mean().backward()
+    grads = {{k: common.whole(p.grad) for k, p in net.named_parameters() if p.grad is not None}}
+    if rank == 0:
+        common.save_weights(f"{{how}}.safetensors", grads, {{}})
+    del run                                        # and DDP's hooks with it
 if world > 1:                                      # a rank that just ends can be aborted by gloo's own threads
     torch.distributed.destroy_process_group()
 """)
-    for how in ("one", "ddp", "fsdp"):
-        two_ranks(str(script), how, cwd=tmp_path, ranks=1 if how == "one" else 2)
+    two_ranks(str(script), "one", cwd=tmp_path, ranks=1)
+    two_ranks(str(script), "ddp", "fsdp", cwd=tmp_path)
     one = read_all(tmp_path / "one.safetensors")
     for how in ("ddp", "fsdp"):
         two = read_all(tmp_path / f"{how}.safetensors")
@@ -1955,7 +1980,7 @@ def test_readme_trains_from_nothing(tmp_path):
     """The README's recipe, line by line in a folder that holds nothing but the code; only the sizes are shrunk."""
     small = {"vae.py": "--clips=4 --val_clips=2 --batch=2", "encoder.py": "--scenes=8 --val_scenes=4 --batch=4",
              "sft.py": "--clips=8 --batch=2 --eval_clips=2",
-             "dpo.py": "--pairs=4 --candidates=2 --margin=0 --batch=2 --eval_clips=2"}
+             "dpo.py": "--pairs=4 --candidates=2 --margin=0 --batch=2 --eval_clips=2 --sampler_steps=1"}
     for name in os.listdir(HERE):
         if name.endswith(".py"):
             shutil.copy(f"{HERE}/{name}", tmp_path)
