@@ -1207,7 +1207,7 @@ def test_training_scenes_are_crowded():
 def test_muon_is_torchs(monkeypatch):
     """The same path as torch.optim.Muon's to the bit in bf16, and in fp32 but for bf16's rounding; a convolution's
     kernel is a matrix, a row an output."""
-    shapes = [(24, 40), (40, 24), (40, 24), (32, 32), (12, 3, 2, 2)]
+    shapes = [(24, 40), (40, 24), (40, 24), (32, 32), (12, 3, 2, 2), (16, 48), (48, 16)]
     for kind, most in ((torch.bfloat16, 1e-6), (torch.float32, 0.03)):
         monkeypatch.setattr(common, "precision", lambda device: kind)
         torch.manual_seed(0)
