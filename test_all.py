@@ -763,25 +763,24 @@ def test_bodies_are_carried_along_their_paths():
 def test_shipped_readout_foretells(photos):
     """In closed form, on the frozen backbone: it must know nearly what the backbone was trained for (0.034)."""
     encoder = E.load_phys_encoder(f"{HERE}/data/backbone.safetensors", config={"out_dim": 8, "foretell": True})
-    batch = photos
-    features, grid, told = encoder.features(batch["photo"])
+    features, grid, told = encoder.features(photos["photo"])
     occupied, cell, center, colour = told
-    owner, path = E.truth(batch, 64, 8)
+    owner, path = E.truth(photos, 64, 8)
     assert ((occupied > 0.5) == (owner > 0)).float().mean() > 0.98                   # 0.91 if none is said to be there
     n, c = (owner > 0).nonzero().unbind(1)
     k = owner[n, c].long() - 1
-    true, path = E.bodies(batch, 64)[n, k], path[n, k]
+    true, path = E.bodies(photos, 64)[n, k], path[n, k]
     assert torch.allclose(path, true[:, None, :2] + true[:, E.STATE:].unflatten(1, (E.FUTURE, 2)), atol=1e-5)
     off = lambda x: (x - path).norm(dim=-1).mean() / math.sqrt(8)
     assert off(center[n, c]) < 0.045 < 0.15 < off(true[:, None, :2])
     assert (cell[n, c] - center[n, c]).norm(dim=-1).median() < 0.3                   # a cell stays with its body
     # a cell has the colour of what covers it
-    hue = F.normalize(batch["color"][n, k] - batch["color"][n, k].mean(1, keepdim=True), dim=1)
+    hue = F.normalize(photos["color"][n, k] - photos["color"][n, k].mean(1, keepdim=True), dim=1)
     assert (F.normalize(colour[n, c] - colour[n, c].mean(1, keepdim=True), dim=1) * hue).sum(1).median() > 0.95
 
 
 def test_what_is_foretold_is_mirrored_with_the_picture():
-    """For the mirrored picture is asked as well; and what the picture alone says would be worse."""
+    """For the mirrored picture is asked as well; on these scenes what the picture alone says is worse, by little."""
     encoder = E.load_phys_encoder(f"{HERE}/data/backbone.safetensors", config={"out_dim": 8, "foretell": True})
     batch = simdata.make_batch("drop", 64, 7, "val", photo=simdata.PHOTO, filmed=1)
     (features, grid, told), turned = encoder.features(batch["photo"]), encoder.features(batch["photo"].flip(-1))[2]
