@@ -52,7 +52,7 @@ class Config:
     init_from: str = ""             # a dit.safetensors to start from (with its head1 beside it, if any)
     phys: bool = True               # with the PhysEncoder; False trains the plain DiT
     foretell: bool = True           # physical tokens for the frames to come, too (needs readout.safetensors)
-    forced: float = 0.75            # of the clips, where those say the truth, if it is known; 0, or 1 in the last third
+    forced: bool = True             # those say the truth in training, where it is known; else what the readout says
     steps: int = 1200               # optimizer steps
     batch: int = 32                 # clips a step, over all ranks
     accumulate: int = 1             # micro-batches a step and rank, for less memory
@@ -162,18 +162,14 @@ def make_pool(cfg, vae, photo, device, rank, world):
 
 
 def get_batch(cfg, pool, step):
-    """The global batch of a step: indices, captions (some dropped), t, the noise, and in which clips the readout is put
-    right; a function of (seed, step)."""
+    """The global batch of a step: indices, captions (some dropped), t and the noise; a function of (seed, step)."""
     g = common.generator(cfg.seed, "sft", step)
-    # trained on what is right and wrong, the DiT doubts what it is told; in the end it shall draw that
-    forced = 1 if cfg.forced and step >= cfg.steps * 2 // 3 else cfg.forced
     index = torch.randint(len(pool["latent"]), (cfg.batch,), generator=g)
     keep = torch.rand(cfg.batch, 1, generator=g) >= cfg.drop_text
     t = M.sample_t(cfg.batch, g, cfg.shift)
     shape = list(pool["latent"].shape[1:])
     return (index, pool["text"][index].long() * keep, t,
-            torch.randn(cfg.batch, shape[0], shape[1] - 1, *shape[2:], generator=g),
-            torch.rand(cfg.batch, 1, generator=g) < forced)
+            torch.randn(cfg.batch, shape[0], shape[1] - 1, *shape[2:], generator=g))
 
 
 class StageOne(nn.Module):
@@ -212,7 +208,7 @@ def main():
     cfg = common.parse_config(Config, sys.argv[1:], PRESETS)
     common.check_range(cfg, clips=(1, 10**8), steps=(1, 10**8), batch=(1, 10**6), accumulate=(1, 10**4), lr=(0, 1),
                        adam_lr=(0, 1), warmup=(0, 10**8), weight_decay=(0, 1), shift=(0.01, 100), moving=(0, 1000),
-                       drop_text=(0, 1), forced=(0, 1), ema=(0, 1), log_every=(1, 10**8), eval_every=(1, 10**8),
+                       drop_text=(0, 1), ema=(0, 1), log_every=(1, 10**8), eval_every=(1, 10**8),
                        eval_clips=(1, 10**4), size=(16, 1024), frames=(5, 1001), fps=(1, 240))
     names = common.check_names("scenarios", cfg.scenarios, simdata.SCENARIOS)
     device, rank, world = common.setup(cfg.device)
@@ -324,7 +320,7 @@ def main():
         for optimizer, peak in optimizers.items():
             for group in optimizer.param_groups:
                 group["lr"] = peak * scale
-        index, words, t, eps, forced = get_batch(cfg, pool, step)
+        index, words, t, eps = get_batch(cfg, pool, step)
         raw.zero_grad(set_to_none=True)
         for i in range(cfg.accumulate):
             mine = slice((rank * cfg.accumulate + i) * micro, (rank * cfg.accumulate + i + 1) * micro)
@@ -336,7 +332,8 @@ def main():
                 model.require_backward_grad_sync = last
             latent = pool["latent"][index[mine]].to(device).float()
             photo = pool["photo"][index[mine]].to(device).float() / 127.5 - 1
-            right = [(pool["owner"][index[mine]] * forced[mine]).to(device), pool["course"][index[mine]].to(device)]
+            # trained on what is right and wrong, the DiT doubts what it is told; it shall draw that
+            right = [pool[k][index[mine]].to(device) for k in ("owner", "course")] if cfg.forced else None
             said = models.read(M.tokens_to_strings(words[mine])) if text else words[mine, :M.BYTES]
             with common.autocast(device):
                 loss = model(latent, photo, said.to(device), take(t), take(eps), right)             # (micro,)

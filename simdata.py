@@ -47,6 +47,8 @@ SLOTS = (("rubber", 333), ("rubber", 373), ("wood", 53), ("wood", 92), ("clay", 
 HELD_OUT = {"rubber": CAPSULE, "wood": SPHERE, "clay": CYLINDER, "steel": CAPSULE}
 HUES = ("red", "orange", "yellow", "lime", "green", "mint", "cyan", "azure", "blue", "violet", "magenta", "rose")
 SPLITS = {"train": 1, "val": 2, "test": 3}
+EARTH = 9.81                                       # m/s^2; a scenario may give its own gravity, captions then say so
+PLACES = {1.62: "on the Moon", 3.73: "on Mars"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -434,15 +436,19 @@ def look(draw, size):
 
 
 def captions(scene):
-    """One line a clip that names every body: colour, material, shape; where things fall, also what falls and rests."""
+    """One line a clip that names every body: colour, material, shape; where things fall, also what falls and rests.
+
+    First the place, by its gravity, if that is not Earth's."""
     names, lines = list(MATERIALS), []
+    gravity = [round(g, 2) for g in scene["gravity"].norm(dim=-1).tolist()]
+    places = [[] if g == EARTH else [PLACES.get(g, f"under {g} m/s^2")] for g in gravity]
     in_air = (scene["normal"] == 0).all(-1) & scene["alive"]
     columns = (scene[k].tolist() for k in ("alive", "shape", "material", "hue", "dynamic"))
-    for alive, shape, material, hue, dynamic, air in zip(*columns, in_air.tolist()):
+    for place, alive, shape, material, hue, dynamic, air in zip(places, *columns, in_air.tolist()):
         words = [[HUES[round(h / 30) % 12], names[m], ("ball", *SHAPES[1:])[s] if d else "ramp"]
                  + ["falls" if f else "rests"] * any(air)
                  for a, s, m, h, d, f in zip(alive, shape, material, hue, dynamic, air) if a]
-        lines.append(", ".join(f"{'an' if w[0][0] in 'aeiou' else 'a'} {' '.join(w)}" for w in words))
+        lines.append(", ".join(place + [f"{'an' if w[0][0] in 'aeiou' else 'a'} {' '.join(w)}" for w in words]))
     return lines
 
 
@@ -731,7 +737,7 @@ def simulate(scene, frames, fps, gravity=None, rate=RATE):
     M, device = B * N, scene["shape"].device
     flat = lambda t: F.pad(t.flatten(0, 1), (0, 0) * (t.ndim - 2) + (0, 1))        # and the world
     x, q, v, w = (flat(scene[k]) for k in ("position", "rotation", "velocity", "angular_velocity"))
-    g = torch.tensor([0.0, 0.0, -9.81], device=device).repeat(B, 1) if gravity is None else gravity
+    g = torch.tensor([0.0, 0.0, -EARTH], device=device).repeat(B, 1) if gravity is None else gravity
     moves = flat(scene["dynamic"] & scene["alive"])
     g = flat(g[:, None].expand(-1, N, -1)) * moves[:, None]                                         # (M+1, 3)
     steps = math.ceil(rate / fps)
@@ -768,7 +774,7 @@ def simulate(scene, frames, fps, gravity=None, rate=RATE):
             approach = -touch.speed(V)[0]
             # speed when the surfaces met: what the fall through the gap added is taken away again
             speed = (approach.square() - 2 * dot(g[a] - g[b], n) * gap).clamp_min(0).sqrt()
-            bounces = approach > 3 * h * 9.81                                        # slower than that is resting
+            bounces = approach > 3 * h * EARTH                                       # slower than that is resting
             target = torch.where(bounces, contacts.e[a] * contacts.e[b] * speed, 0.0)
             v_free, w_free = v, w
             start = dot(touch.frame, start) * ~bounces                                              # (3, C)
@@ -797,7 +803,7 @@ def simulate(scene, frames, fps, gravity=None, rate=RATE):
     return path
 
 
-def energy(scene, path, g=9.81):
+def energy(scene, path, g=EARTH):
     """Potential (floor: 0) and kinetic energy of all bodies that can move, (B, T) J; g in m/s^2."""
     m = scene["mass"]
     inertia = principal_inertia(scene["shape"], scene["half_extents"], m)
@@ -1067,8 +1073,8 @@ def make_scene(scenario, batch_size, seed, split="train", size=64, device="cpu",
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; there are: {', '.join(SPLITS)}")
     draw = Draws(split, seed, torch.arange(start, start + batch_size, device=device) * 2 + unseen)
-    scene = SCENARIOS[scenario](draw, unseen) | look(draw, size)
-    return scene | dict(gravity=torch.tensor([0.0, 0.0, -9.81], device=device).repeat(batch_size, 1)), draw
+    earth = dict(gravity=torch.tensor([0.0, 0.0, -EARTH], device=device).repeat(batch_size, 1))
+    return earth | SCENARIOS[scenario](draw, unseen) | look(draw, size), draw
 
 
 @torch.no_grad()
