@@ -5,12 +5,14 @@ the same thing.
     python bench.py                       # everything that runs here
     python bench.py --only=dit --repeat=9
     python bench.py --only=memory         # of training the published sizes, counted without owning that much
+    python bench.py --only=peers          # the world beside PyBullet with TinyRenderer, and MuJoCo
     python bench.py --only=pybullet       # the simulator's outcomes beside PyBullet's, no times; five minutes
 
 The peers are diffusers' classes with the same random weights; without diffusers only our times are shown, and without
-PyBullet (pip install pybullet) nothing is compared with it.
+PyBullet and MuJoCo (pip install pybullet mujoco) nothing is compared with them.
 """
 import contextlib
+import math
 import re
 import statistics
 import sys
@@ -19,6 +21,7 @@ import weakref
 from dataclasses import dataclass
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -37,7 +40,7 @@ import vae as V
 
 @dataclass
 class Config:
-    only: str = "all"               # all, world, pybullet, vae, dit, sample or memory
+    only: str = "all"               # all, world, peers, pybullet, vae, dit, sample or memory
     repeat: int = 5                 # timed repetitions, after one warm-up
     batch: int = 32                 # clips
     data: str = "data"              # folder with the shipped weights
@@ -86,19 +89,29 @@ def world(cfg, device):
     print(f"the same with masks, depth and flow: {128 / t:.0f} clips/s")
 
 
-def bullet(scene, frames, fps, rate):
+def bullet(scene, frames, fps, rate, early=True, film=0):
     """What PyBullet makes of a scene of simulate()'s at `rate` Hz, one clip after the other, without damping, every
-    speed bouncing -> dict of position (B, T, N, 3), rotation (B, T, N, 4)."""
+    speed bouncing -> dict of position (B, T, N, 3), rotation (B, T, N, 4) and, if film is a number of pixels, what
+    its TinyRenderer sees, with shadows: mask (B, T, film, film).
+
+    early: as it comes, it brakes what is within 2 cm so that it just touches, which takes from the bounce, and pushes
+    apart what sank in, which adds to it. False: contacts happen when they do, and what sank in stays there."""
     import pybullet as p
-    steps, position, rotation = round(rate / fps), [], []
+    steps, position, rotation, masks = round(rate / fps), [], [], []
     p.connect(p.DIRECT)
+    if film:
+        forward, focal = scene["camera"]["world_to_camera"][:, 2, :3], scene["camera"]["intrinsics"][:, 0, 0]
+        half = (scene["camera"]["intrinsics"][:, 0, 2] / focal).atan() * 180 / math.pi
+        views = [(p.computeViewMatrix(eye, target, (0, 0, 1)), p.computeProjectionMatrixFOV(2 * angle, 1, 0.1, 20))
+                 for eye, target, angle in zip(scene["eye"].tolist(), (scene["eye"] + forward).tolist(), half.tolist())]
     for i in range(len(scene["shape"])):
         p.resetSimulation()
         p.setGravity(*scene["gravity"][i].tolist())
         p.setPhysicsEngineParameter(fixedTimeStep=1 / (fps * steps), restitutionVelocityThreshold=0,
-                                    numSolverIterations=50)
+                                    numSolverIterations=50, **({} if early else dict(contactERP=0)))
+        only = {} if early else dict(contactProcessingThreshold=0)
         p.changeDynamics(p.createMultiBody(0, p.createCollisionShape(p.GEOM_PLANE)), -1, restitution=1,
-                         lateralFriction=1)        # as here, what two bodies have is multiplied
+                         lateralFriction=1, **only)                                  # two bodies' are multiplied
         inertia = simdata.principal_inertia(scene["shape"][i], scene["half_extents"][i], scene["mass"][i])
         ids = {}
         for k in scene["alive"][i].nonzero()[:, 0].tolist():
@@ -111,18 +124,24 @@ def bullet(scene, frames, fps, rate):
                                        basePosition=scene["position"][i, k].tolist(), baseOrientation=(x, y, z, w))
             p.changeDynamics(ids[k], -1, restitution=scene["restitution"][i, k].item(), linearDamping=0,
                              lateralFriction=scene["friction"][i, k].item(), angularDamping=0,
-                             **(dict(localInertiaDiagonal=inertia[k].tolist()) if moves else {}))
-        at, turned = torch.zeros(frames, *scene["position"][i].shape), torch.zeros(frames, *scene["rotation"][i].shape)
+                             **(dict(localInertiaDiagonal=inertia[k].tolist()) if moves else {}), **only)
+        at, turned = [], []
         for t in range(frames):
-            for k, body in ids.items():
-                where, (x, y, z, w) = p.getBasePositionAndOrientation(body)
-                at[t, k], turned[t, k] = torch.tensor(where), torch.tensor([w, x, y, z])
-            for _ in range(steps):
+            for _ in range(steps if t else 0):
                 p.stepSimulation()
-        position.append(at)
-        rotation.append(turned)
+            at.append([[0.0] * 3] * scene["shape"].shape[1])
+            turned.append([[0.0] * 4] * scene["shape"].shape[1])
+            for k, body in ids.items():
+                at[-1][k], (x, y, z, w) = p.getBasePositionAndOrientation(body)
+                turned[-1][k] = w, x, y, z
+            if film:
+                _, _, rgb, depth, seen = p.getCameraImage(film, film, *views[i], shadow=1, renderer=p.ER_TINY_RENDERER)
+                masks.append(sum((k + 1) * (np.asarray(seen) == body) for k, body in ids.items()))
+        position.append(torch.tensor(at))
+        rotation.append(torch.tensor(turned))
     p.disconnect()
-    return dict(position=torch.stack(position), rotation=torch.stack(rotation))
+    seen = dict(mask=torch.from_numpy(np.stack(masks)).view(len(position), frames, film, film)) if film else {}
+    return dict(position=torch.stack(position), rotation=torch.stack(rotation)) | seen
 
 
 def outcome(name, scene, path):
@@ -134,7 +153,8 @@ def outcome(name, scene, path):
         low = (z[:, 1:] > z[:, :-1] + 1e-4).int().argmax(1, keepdim=True)            # the last frame before it rises
         after = torch.arange(z.shape[1], device=z.device)[None, :, None] >= low
         rise = z.masked_fill(~after, -9).amax(1) - z.gather(1, low)[:, 0]
-        seen["bounce, m"] = rise.masked_fill(~scene["falls"], torch.nan)
+        for shape, word in ((simdata.SPHERE, "balls"), (simdata.BOX, "boxes")):
+            seen[f"bounce of {word}, m"] = rise.masked_fill(~scene["falls"] | (scene["shape"] != shape), torch.nan)
     if name in ("support", "dominoes"):            # the share that is not upright, or not where it was put
         up = simdata.quat_to_matrix(path["rotation"][:, -1])[..., 2, 2]
         seen["toppled"] = ((up.abs() < 0.7) | (z[:, -1] < z[:, 0] - 0.05)).float()
@@ -142,36 +162,126 @@ def outcome(name, scene, path):
 
 
 def pybullet(cfg, device):
-    """The same scenes in PyBullet: until the first contact body by body, after it in distribution, for contacts are
-    chaotic. Intervals of the ratios: 95 %, bootstrap over scenes. Until the contact its finer steps are the better
-    reference, for a step of Bullet's is off by g dt^2 / 2; afterwards the coarse ones are, for at fine ones it hardly
-    bounces."""
+    """The same scenes in PyBullet, as it comes and as right as it can be set: until the first contact body by body,
+    after it in distribution, for contacts are chaotic. Intervals of the ratios: 95 %, bootstrap over scenes."""
     try:
         import pybullet as _
     except ImportError:
         print("pybullet is not installed: pip install pybullet")
         return
     fps, frames = 48, 97                           # two seconds
+    peers = {"PyBullet at 240 Hz": (240, True), "PyBullet at 1920 Hz, no early contacts": (1920, False)}
+    one, two = torch.ones(2, 1), torch.tensor([[simdata.SPHERE], [simdata.BOX]])
+    place = [torch.tensor(x).expand(2, 1, -1) for x in ([0.15] * 3, [0.0, 0.0, 1.15], [1.0, 0.0, 0.0, 0.0])]
+    scene = simdata.bodies(two, place[0], 0 * two, *place[1:], one > 0, one, torch.ones(2, 1, 2), one > 0)
+    scene |= dict(restitution=0.75 * one, gravity=torch.tensor([[0.0, 0.0, -simdata.EARTH]] * 2))
+    for name, path in [("ours", simdata.simulate(scene, frames, fps)),
+                       *((k, bullet(scene, frames, fps, *how)) for k, how in peers.items())]:
+        top = path["position"][:, 22:, 0, 2].amax(1) - 0.15                          # they land after 0.4515 s
+        print(f"a ball and a flat box fall 1 m, restitution 0.75: {name} {top[0]:.4f} and {top[1]:.4f} m, "
+              f"closed form {0.75**2:.4f}")
     for name in simdata.SCENARIOS:
         scene, _ = simdata.make_scene(name, 200, 0, "val")
         path = simdata.simulate(scene, frames, fps)
         size, moves = 2 * scene["half_extents"].amax(-1), scene["dynamic"] & scene["alive"]
         touched = (path["impulse"].sum(-1) > 0).cumsum(1) > 0                                       # (B, T, N)
-        for rate in (240, 1920):
-            theirs = bullet(scene, frames, fps, rate)
+        for peer, how in peers.items():
+            theirs = bullet(scene, frames, fps, *how)
             off = (theirs["position"] - path["position"]).norm(dim=-1) / size[:, None]
             free = off[~touched & moves[:, None] & (torch.arange(frames)[:, None] > 0)]
-            print(f"{name}, PyBullet at {rate} Hz, n = {len(size)}:", "until the first contact at most "
+            print(f"{name}, {peer}, n = {len(size)}:", "until the first contact at most "
                   f"{100 * free.max():.2f} % of the size apart" if len(free) else "all touch from the start")
-            ours, peer = outcome(name, scene, path), outcome(name, scene, theirs)
+            ours, theirs = outcome(name, scene, path), outcome(name, scene, theirs)
             for k in ours:
-                a, b = ours[k], peer[k]
+                a, b = ours[k], theirs[k]
                 draws = torch.randint(len(a), (1000, len(a)), generator=common.generator("bullet"))
                 ratio = (a[draws].flatten(1).nanmean(1) / b[draws].flatten(1).nanmean(1)).quantile(
                     torch.tensor([0.025, 0.975]))
                 print(f"    {k}: ours {a.nanmean():.4f}, PyBullet {b.nanmean():.4f}, "
                       f"ratio {a.nanmean() / b.nanmean():.3f} [{ratio[0]:.3f}, {ratio[1]:.3f}], "
                       f"body by body {(a - b).abs().nanmean():.4f} apart")
+
+
+def mixed(draw, unseen):
+    """The scene whose speed is compared: three bodies of any shapes, which fall side by side."""
+    material, hue, tone = simdata.palette(draw, 3)
+    shape = simdata.any_of(range(4), draw, "shape", material, True)
+    half, _, _ = simdata.lying(shape, draw.uniform("size", 0.15, 0.18, 3), draw, "aspect")
+    place = torch.stack([torch.tensor([-0.55, 0.0, 0.55], device=hue.device).expand_as(hue),
+                         draw.uniform("y", -0.2, 0.2, 3), draw.uniform("z", 0.5, 1.2, 3)], -1)
+    alive = torch.ones_like(shape, dtype=torch.bool)
+    turn = simdata.random_quat(draw("turn", 3, 3))
+    return simdata.bodies(shape, half, material, place, turn, alive, hue, tone, alive)
+
+
+def mujoco(scene, frames, fps, rate):
+    """What MuJoCo makes of a scene of simulate()'s, one clip after the other -> dict of position (B, T, N, 3)."""
+    import mujoco
+    steps, position = round(rate / fps), []
+    for i in range(len(scene["shape"])):
+        body = '<body pos="{} {} {}" quat="{} {} {} {}"><freejoint/><geom type="{}" size="{} {} {}" mass="{}"/></body>'
+        rows = zip(*(scene[k][i].tolist() for k in ("position", "rotation", "shape", "half_extents", "mass")))
+        lines = [body.format(*x, *q, simdata.SHAPES[s], h[0], h[1] if s == simdata.BOX else
+                             h[2] - h[0] * (s == simdata.CAPSULE), h[2], m) for x, q, s, h, m in rows]
+        model = mujoco.MjModel.from_xml_string(
+            f'<mujoco><option timestep="{1 / (fps * steps)}" gravity="0 0 -9.81"/><worldbody>'
+            f'<geom type="plane" size="0 0 1"/>{"".join(lines)}</worldbody></mujoco>')
+        data, at = mujoco.MjData(model), []
+        for t in range(frames):
+            mujoco.mj_step(model, data, steps if t else 0)
+            at.append(data.qpos.reshape(-1, 7)[:, :3].copy())
+        position.append(np.stack(at))
+    return dict(position=torch.from_numpy(np.stack(position)).float())
+
+
+def ours(scene, frames, fps, rate, film=0):
+    """The same by simdata, which draws the scene itself where it films it."""
+    if not film:
+        return simdata.simulate(scene, frames, fps, rate=rate)
+    return simdata.make_batch("mixed", len(scene["shape"]), 0, frames=frames, size=film, fps=fps, antialias=1)
+
+
+def lap(engine, n, film):
+    """n clips of mixed() by an engine, in a process of its own -> seconds, and what the first 100 are like."""
+    simdata.SCENARIOS["mixed"] = mixed
+    scene, _ = simdata.make_scene("mixed", n, 0)
+    engine(simdata.make_scene("mixed", 2, 1)[0], 2, 16, 240, **film)                 # a warm-up
+    begin = time.perf_counter()
+    path = engine(scene, 17, 16, 240, **film)
+    seconds = time.perf_counter() - begin
+    return {k: v[:100].numpy() for k, v in path.items() if k in ("position", "impulse", "mask")} | dict(seconds=seconds)
+
+
+def peers(cfg, device):
+    """The same scenes, 17 frames of 64 px and 240 Hz, by us and by each peer in two processes of one thread."""
+    engines = ("ours, 1,024 at a time", ours, 1024), ("PyBullet", bullet, 100), ("MuJoCo", mujoco, 100)
+    size = 2 * mixed(simdata.Draws("train", 0, torch.arange(100) * 2), False)["half_extents"].amax(-1)[:, None]
+    for film in ({}, dict(film=64)):
+        print("three mixed bodies, 17 frames,", "with shadows, masks and depth" if film else "simulated only")
+        for name, engine, n in engines:
+            if film and engine is mujoco:          # it draws with OpenGL
+                continue
+            try:
+                laps = list(common.side_by_side(lap, [(engine, n, film)] * 2))
+            except ImportError:
+                print(f"    {name}: not installed")
+                continue
+            rate = sum(n / one["seconds"] for one in laps)
+            path = laps[0]
+            if engine is ours:
+                here, free = path | dict(rate=rate), (path["impulse"].sum(-1) > 0).cumsum(1) == 0
+                print(f"    {name}: {rate:.0f} clips/s")
+                continue
+            off = ((path["position"] - here["position"]).norm(dim=-1) / size)[free].max()
+            assert off < 0.1, f"{name} falls {off} of the size apart"
+            check = f"until the first contact at most {100 * off:.1f} % of the size apart"
+            if film:
+                a, b = here["mask"][:, 0], path["mask"][:, 0]
+                iou = ((a == b) & (a > 0)).sum() / ((a > 0) | (b > 0)).sum()
+                # TinyRenderer looks through the corners of pixels, which are a twelfth of a body wide
+                assert iou > 0.75, f"{name}'s masks of the first frame overlap by {iou}"
+                check += f", masks of frame 0 overlap by {iou:.3f}"
+            print(f"    {name}: {rate:.0f} clips/s; ours {here['rate'] / rate:.2f}x as fast; {check}")
 
 
 def vae(cfg, device):
@@ -341,7 +451,8 @@ def memory(cfg, device):
 def main():
     cfg = common.parse_config(Config, sys.argv[1:])
     common.check_range(cfg, repeat=(1, 1000), batch=(1, 4096))
-    parts = {"world": world, "pybullet": pybullet, "vae": vae, "dit": dit, "sample": sampling, "memory": memory}
+    parts = {"world": world, "peers": peers, "pybullet": pybullet, "vae": vae, "dit": dit, "sample": sampling,
+             "memory": memory}
     if cfg.only not in ("all", *parts):
         raise common.InputError(f"--only={cfg.only}: expected all, {', '.join(parts)}")
     device, _, _ = common.setup(cfg.device)

@@ -952,20 +952,25 @@ def _side(camera, radius, center, samples, limit):
 def _sunlight(scene, path, size):
     """Fraction of the sun on the floor at each pixel, (B, T, H, W): one ray a pixel, then a 3x3 mean as penumbra."""
     B, T, N, _ = path["position"].shape
+    s = torch.arange(size, device=scene["eye"].device) + 0.5
+    d = _rays(torch.stack(torch.meshgrid(s, s, indexing="xy"), -1).view(1, -1, 2).expand(B, -1, -1), scene["camera"])
+    eye = scene["eye"][:, None]
+    ground = (d[..., 2] < 0).any(0).nonzero()[:, 0]                                  # pixels below a horizon
+    d = d[:, ground]
+    floor = eye - d * (eye[..., 2:] / d[..., 2:].clamp_max(-1e-3))                   # what they show of it, (B, G, 3)
     lit = torch.ones(B * T, size * size, device=scene["eye"].device)
     for k in range(N):
         clip, frame, x, R, shape, h = _frames(scene, path, k)
         if not len(clip):
             continue
-        light, camera = scene["light"][clip], {key: v[clip] for key, v in scene["camera"].items()}
-        center, side = _side(camera, _bound(shape, h) / light[:, 2], x - light * (x[:, 2:] / light[:, 2:]), 1, size)
-        index = _window(center, side, size)                                                         # (F, P)
-        d = _rays(torch.stack([index % size + 0.5, index // size + 0.5], -1), camera)
-        eye = scene["eye"][clip][:, None]
-        point = eye - d * (eye[..., 2:] / d[..., 2:].clamp_max(-1e-3))                              # on the floor
-        o = (point - x[:, None]) @ R
-        near, far = _span(o, rotate(R.mT, light)[:, None].expand_as(o), shape, h)
-        lit[frame[:, None], index] *= (near >= far).float()
+        light, bound = scene["light"][clip], _bound(shape, h)[:, None]
+        # only where the sun's ray passes through the ball around the body
+        dx, dy, z = floor[clip, :, 0] - x[:, :1], floor[clip, :, 1] - x[:, 1:2], x[:, 2:]           # (F, G), z (F, 1)
+        along = light[:, :1] * dx + light[:, 1:2] * dy - light[:, 2:] * z
+        row, p = (dx * dx + dy * dy + z * z - along * along < bound * bound).nonzero().unbind(1)
+        o, turn = floor[clip[row], p] - x[row], R[row].mT
+        near, far = _span(rotate(turn, o)[:, None], rotate(turn, light[row])[:, None], shape[row], h[row])
+        lit[frame[row], ground[p]] *= (near >= far)[:, 0].float()
     lit = F.pad(lit.view(B * T, 1, size, size), (1, 1, 1, 1), mode="replicate")
     return F.avg_pool2d(lit, 3, 1).view(B, T, size * size)
 
@@ -1013,7 +1018,7 @@ def render(scene, path, size=64, antialias=2, truth=True):
     visible, as in make_batch."""
     B, T, N, _ = path["position"].shape
     W = size * antialias
-    _, ident, hits = _cast(scene, path, size, antialias)
+    depth, ident, hits = _cast(scene, path, size, antialias)
     # the floor does not move: only how much sun it gets. It is filmed once, with more samples: its far tiles are fine
     fine = max(antialias, min(4, 256 // size)) if antialias > 1 else 1
     pool = lambda c: c.view(B, size, fine, size, fine, 3).mean((2, 4)).view(B, 1, size * size, 3)
@@ -1030,7 +1035,8 @@ def render(scene, path, size=64, antialias=2, truth=True):
     out = dict(video=(image.clamp(0, 1) * 2 - 1).contiguous())
     if not truth:
         return out
-    depth, ident, hits = _cast(scene, path, size, 1)                                 # truth: what a pixel's centre sees
+    if antialias > 1:                              # truth: what a pixel's centre sees
+        depth, ident, hits = _cast(scene, path, size, 1)
     normal = torch.zeros(B * T * size * size, 3, device=image.device)
     for k, flat, _, n in hits:
         front = ident.view(-1)[flat] == k
@@ -1046,22 +1052,26 @@ def _flow(scene, path, depth, ident, size):
     """Where each pixel's surface point is one frame later, in pixels, and whether the camera sees it there."""
     B, T, N, _ = path["position"].shape
     s = torch.arange(size, device=depth.device) + 0.5
-    uv = torch.stack(torch.meshgrid(s, s, indexing="xy"), -1).view(1, -1, 2).expand(B, -1, -1)
-    point = scene["eye"][:, None, None] + depth[..., None] * _rays(uv, scene["camera"])[:, None]    # (B, T, P, 3)
-    R = quat_to_matrix(path["rotation"])                                                            # (B, T, N, 3, 3)
-    later = point[:, :-1].clone()                  # the background stays where it is
-    for k in range(N):
-        local = (point[:, :-1] - path["position"][:, :-1, k, None]) @ R[:, :-1, k]
-        moved = local @ R[:, 1:, k].mT + path["position"][:, 1:, k, None]
-        later = torch.where((ident[:, :-1] == k + 1)[..., None], moved, later)
-    uv_later, z = project(later, scene["camera"])                                                   # (B, T-1, P, 2)
-    flow = (uv_later - uv[:, None]).permute(0, 1, 3, 2)
-    cell = uv_later.floor().long()
+    uv = torch.stack(torch.meshgrid(s, s, indexing="xy"), -1).view(-1, 2)                           # (P, 2)
+    rays = _rays(uv.expand(B, -1, -1), scene["camera"])
+    clip, time, pixel = (ident[:, :-1] > 0).nonzero().unbind(1)                      # the rest stays where it is
+    k = ident[clip, time, pixel].long() - 1
+    x, R = path["position"], quat_to_matrix(path["rotation"])
+    point = scene["eye"][clip] + depth[clip, time, pixel, None] * rays[clip, pixel]                 # (S, 3)
+    local = rotate(R[clip, time, k].mT, point - x[clip, time, k])
+    later = rotate(R[clip, time + 1, k], local) + x[clip, time + 1, k]
+    to, z = (t[:, 0] for t in project(later[:, None], {key: v[clip] for key, v in scene["camera"].items()}))
+    flow = torch.zeros(B, T - 1, size * size, 2, device=depth.device)
+    flow[clip, time, pixel] = to - uv[pixel]
+    cell = to.floor().long()
     inside = ((cell >= 0) & (cell < size)).all(-1)
-    index = (cell[..., 1] * size + cell[..., 0]).clamp(0, size * size - 1)
+    index = (cell[:, 1] * size + cell[:, 0]).clamp(0, size * size - 1)
     # seen if the pixel there shows the same thing, and not its other side
-    visible = inside & (ident[:, 1:].gather(2, index) == ident[:, :-1]) & (z < depth[:, 1:].gather(2, index) + 0.05)
-    return dict(flow=flow.reshape(B, T - 1, 2, size, size), visible=visible.view(B, T - 1, size, size))
+    visible = ident[:, 1:] == 0
+    visible[clip, time, pixel] = inside & (ident[clip, time + 1, index] == k + 1) \
+        & (z < depth[clip, time + 1, index] + 0.05)
+    return dict(flow=flow.view(B, T - 1, size, size, 2).permute(0, 1, 4, 2, 3).contiguous(),
+                visible=visible.view(B, T - 1, size, size))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

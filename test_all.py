@@ -430,7 +430,7 @@ def test_a_new_scenario_is_one_function():
         assert (batch["velocity"][:, 0, 0, 0].abs() > 0.01).any() and new in names
         assert all(caption.startswith("on the Moon, a") for caption in batch["caption"])
         fallen = batch["position"][:, 0, 0, 2] - batch["position"][:, 2, 0, 2]       # the first one always falls
-        assert fallen.median().item() == pytest.approx(1.62 / 2 * (2 / 16) ** 2, rel=1e-3)          # one may hit another
+        assert fallen.median().item() == pytest.approx(1.62 / 2 * (2 / 16) ** 2, rel=1e-3)         # one may hit another
         scene = simdata.make_scene("drop", 2, 0)[0]
         scene["gravity"][1] = torch.tensor([3.0, 0.0, -4.0])                         # a clip's own
         assert [c.split(" ")[:4] for c in simdata.captions(scene)][1] == ["under", "5.0", "m/s^2,", "a"]
