@@ -135,7 +135,7 @@ def bullet(scene, frames, fps, rate, early=True, film=0):
                 at[-1][k], (x, y, z, w) = p.getBasePositionAndOrientation(body)
                 turned[-1][k] = w, x, y, z
             if film:
-                _, _, rgb, depth, seen = p.getCameraImage(film, film, *views[i], shadow=1, renderer=p.ER_TINY_RENDERER)
+                *_, seen = p.getCameraImage(film, film, *views[i], shadow=1, renderer=p.ER_TINY_RENDERER)
                 masks.append(sum((k + 1) * (np.asarray(seen) == body) for k, body in ids.items()))
         position.append(torch.tensor(at))
         rotation.append(torch.tensor(turned))
@@ -223,8 +223,9 @@ def mujoco(scene, frames, fps, rate):
         rows = zip(*(scene[k][i].tolist() for k in ("position", "rotation", "shape", "half_extents", "mass")))
         lines = [body.format(*x, *q, simdata.SHAPES[s], h[0], h[1] if s == simdata.BOX else
                              h[2] - h[0] * (s == simdata.CAPSULE), h[2], m) for x, q, s, h, m in rows]
+        x, y, z = scene["gravity"][i].tolist()
         model = mujoco.MjModel.from_xml_string(
-            f'<mujoco><option timestep="{1 / (fps * steps)}" gravity="0 0 -9.81"/><worldbody>'
+            f'<mujoco><option timestep="{1 / (fps * steps)}" gravity="{x} {y} {z}"/><worldbody>'
             f'<geom type="plane" size="0 0 1"/>{"".join(lines)}</worldbody></mujoco>')
         data, at = mujoco.MjData(model), []
         for t in range(frames):

@@ -1,7 +1,7 @@
 """
 Stage I: supervised fine-tuning of the DiT and the physical head on ground-truth clips, by flow matching.
 
-    python sft.py                                    # the shipped model: under an hour on two CPU cores
+    python sft.py                                    # the nano model: under an hour on two CPU cores
     python sft.py --preset=taste                     # a short run, to see things fall
     python sft.py --phys=False --name=sft_plain      # without the encoder
     torchrun --nproc_per_node=8 sft.py --batch=512

@@ -1050,7 +1050,7 @@ def render(scene, path, size=64, antialias=2, truth=True):
 
 def _flow(scene, path, depth, ident, size):
     """Where each pixel's surface point is one frame later, in pixels, and whether the camera sees it there."""
-    B, T, N, _ = path["position"].shape
+    B, T = path["position"].shape[:2]
     s = torch.arange(size, device=depth.device) + 0.5
     uv = torch.stack(torch.meshgrid(s, s, indexing="xy"), -1).view(-1, 2)                           # (P, 2)
     rays = _rays(uv.expand(B, -1, -1), scene["camera"])

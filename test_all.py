@@ -329,6 +329,9 @@ def test_clips_do_not_depend_on_batch_or_chunk(clips):
 def test_flow_and_depth_say_where_things_go(clips):
     """Warping frame t+1 back by the flow gives frame t where that says visible, and depth is where bodies are."""
     video, flow, visible, mask = clips["video"], clips["flow"], clips["visible"], clips["mask"]
+    still, covered = mask[:, :-1] == 0, mask[:, 1:] > 0                              # the background stays where it is
+    assert flow.permute(0, 1, 3, 4, 2)[still].abs().max() < 1e-3
+    assert visible[still & ~covered].all() and not visible[still & covered].any() and (still & covered).any()
     B, _, T, H, W = video.shape
     s = torch.arange(64) + 0.5
     grid = torch.stack(torch.meshgrid(s, s, indexing="xy"), -1)
@@ -417,6 +420,30 @@ def test_what_was_simulated_is_remembered():
         simdata.simulate(scene | {key: scene[key] + 1}, 2, 16)
     assert len(simdata.REMEMBERED) == min(number + 3, 64)
     assert not torch.equal(simdata.simulate(scene, 2, 16, gravity=torch.zeros(1, 3))["position"], kept)
+
+
+def test_shadows_lie_where_a_body_hides_the_sun():
+    """Balls in closed form: a ray to the sun that passes nearer than the radius; and there the floor is darker."""
+    scene, _ = simdata.make_scene("drop", 8, 5)
+    scene |= dict(shape=0 * scene["shape"], half_extents=scene["half_extents"][..., :1].expand(-1, -1, 3))
+    path = {k: scene[k][:, None] for k in ("position", "rotation")}
+    s = torch.arange(64) + 0.5
+    uv = torch.stack(torch.meshgrid(s, s, indexing="xy"), -1).view(1, -1, 2).expand(8, -1, -1)
+    d, eye = simdata._rays(uv, scene["camera"]), scene["eye"][:, None]
+    o = (eye - d * eye[..., 2:] / d[..., 2:])[:, :, None] - scene["position"][:, None]              # (B, P, N, 3)
+    near = o.square().sum(-1) - (o * scene["light"][:, None, None]).sum(-1).square() \
+        < scene["half_extents"][:, None, :, 0].square()
+    hidden = (near & scene["alive"][:, None]).any(-1) & (d[..., 2] < 0)
+    lit = torch.nn.functional.pad((~hidden).float().view(8, 1, 64, 64), (1, 1, 1, 1), mode="replicate")
+    lit = torch.nn.functional.avg_pool2d(lit, 3, 1)[:, 0]                            # the penumbra
+    ours = simdata._sunlight(scene, path, 64).view(8, 64, 64)
+    assert hidden.any(1).all() and ((ours - lit).abs() < 1e-5).float().mean() > 0.9999
+    film = simdata.render(scene, path, 64)
+    floor = (film["mask"][:, 0] == 0) & ((eye + film["depth"].view(8, -1, 1) * d)[..., 2].abs() < 1e-3).view(8, 64, 64)
+    light = film["video"][:, :, 0].mean(1)
+    for b in range(8):
+        assert not (dark := floor[b] & (lit[b] == 0)).any() \
+            or light[b][dark].mean() < light[b][floor[b] & (lit[b] == 1)].mean() - 0.2
 
 
 def test_a_new_scenario_is_one_function():
