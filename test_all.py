@@ -252,6 +252,16 @@ def test_collision_keeps_momentum():
     assert kinetic[0, -1] <= kinetic[0, 0] * 1.001
 
 
+def test_a_corner_leaves_by_the_face_it_came_through():
+    """A turning box hits one as wide as itself: its corners, 8 mm deep in the front, are nearest to the sides."""
+    scene = put([1, 1], [[0.1, 0.1, 0.2]] * 2, [[-0.3, 0, 1], [0.3, 0, 1]], e=0.5, velocity=[[3.0, 0, 0], [0, 0, 0]])
+    scene["angular_velocity"][0, 0, 1] = 1.0
+    here, fine = (simdata.simulate(scene, 9, 16, gravity=torch.zeros(1, 3), rate=rate) for rate in (240, 3840))
+    for key, most in (("velocity", 0.01), ("angular_velocity", 0.03)):
+        torch.testing.assert_close(here[key][0, -1], fine[key][0, -1], rtol=0, atol=most)
+    assert (fine["velocity"][0, -1, 1, 0] - fine["velocity"][0, -1, 0, 0]).item() > 0.3          # they did bounce
+
+
 def test_shapes_are_what_they_say():
     """Volume and inertia by counting points; what the camera sees of a body, put back by its depth, is its surface."""
     def outside(p, s, h):                          # signed distance, or at least its sign and zero
@@ -521,6 +531,10 @@ def test_towers_of_the_world_do_what_statics_says():
     far = torch.where(alive, (path["position"][:, -1] - path["position"][:, 0]).norm(dim=-1), 0).amax(1)
     assert (margin > 0.03).sum() > 30 and (margin < -0.01).sum() > 20
     assert far[margin < -0.01].min() > 0.05 and (far[margin > 0.03] < 0.05).all()
+    # four boxes, and three cylinders and a box, that lean so far that they stand by 4 and by 13 mm
+    scene = {k: v[[55, 111]] for k, v in simdata.make_scene("support", 112, 0, "val")[0].items() if torch.is_tensor(v)}
+    path = simdata.simulate(scene, 25, 16)
+    assert (path["position"][:, -1] - path["position"][:, 0]).norm(dim=-1)[scene["alive"]].max() < 0.03
 
 
 def test_world_refuses():
