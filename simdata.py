@@ -133,6 +133,16 @@ def cross(a, b):
     return torch.stack([a1 * b2 - a2 * b1, a2 * b0 - a0 * b2, a0 * b1 - a1 * b0], -1)
 
 
+def matmul(a, b):
+    """(..., 3, 3) times (..., 3, 3), likewise."""
+    return torch.stack([rotate(a, column) for column in b.unbind(-1)], -1)
+
+
+def take(t, rows):
+    """t[rows] of a long t and a list of rows (F,): several times faster."""
+    return t.index_select(0, rows)
+
+
 def dot(a, b):
     x, y, *z = (a * b).unbind(-1)                  # faster than a sum over so short a dimension
     return sum(z, x + y)
@@ -492,7 +502,10 @@ class Contacts:
         self.inset, self.soft = ROUND * thin, SOFT * thin
         eight = torch.arange(8, device=device)
         self.used = eight < torch.tensor([1, 8, 8, 2], device=device)[shape][:, None]               # (M, 8)
-        self.edges = EDGES.to(device)
+        # a cylinder's edge runs from rim to rim on the side that faces b, a capsule's is its axis
+        self.lined = (shape == BOX)[:, None] | (torch.arange(12, device=device) == 0)               # (M, 12)
+        one = torch.tensor([[0, 4], [0, 1]], device=device)[:, None].expand(-1, 12, -1)
+        self.edges = torch.cat([EDGES.to(device).expand(2, -1, -1), one]).flatten(0, 1)             # (shapes * 12, 2)
 
         alive, moves = flat(scene["alive"]), flat(scene["dynamic"] & scene["alive"])
         self.on_floor = moves.nonzero()[:, 0]
@@ -515,9 +528,9 @@ class Contacts:
     def features(self, k, toward):
         """Points of bodies k (F,) in their frames -> (F, 8, 3); a cylinder's are on its rims, from `toward` on."""
         if not self.tubes:
-            return self.points[k]
-        tube = self.shape[k] == CYLINDER
-        d, h = toward[:, :2], self.h[k]
+            return take(self.points, k)
+        tube = take(self.shape, k) == CYLINDER
+        d, h = toward[:, :2], take(self.h, k)
         # within three degrees of flat the rim's points stay where they are: circling, they would lose their impulses
         d = d + 0.02 * (1 - d.norm(dim=-1, keepdim=True) / 0.05).clamp_min(0) * RING[0, :2].to(d)
         d = d / d.norm(dim=-1, keepdim=True).clamp_min(1e-6)
@@ -526,63 +539,62 @@ class Contacts:
         z = torch.where(ends_on, toward[:, 2:].sign(), z)
         x, y = d.unsqueeze(-1).unbind(1)
         rims = torch.stack([h[:, :1] * (c * x - s * y), h[:, :1] * (c * y + s * x), h[:, 2:] * z], -1)
-        return torch.where(tube[:, None, None], rims, self.points[k])
+        return torch.where(tube[:, None, None], rims, take(self.points, k))
 
     def unroll(self, p, k):
-        """Points (F, K, 3) in the frames of bodies k, in a cylinder's case (distance from the axis, 0, z)."""
+        """Points (F, 3) in the frames of bodies k (F,), in a cylinder's case (distance from the axis, 0, z)."""
         if not self.tubes:
             return p
-        tube = (self.shape[k] == CYLINDER)[:, None]
-        return torch.stack([torch.where(tube, p[..., :2].norm(dim=-1), p[..., 0]),
-                            torch.where(tube, 0.0, p[..., 1]), p[..., 2]], -1)
+        tube = take(self.shape, k) == CYLINDER
+        x, y, z = p.unbind(1)
+        return torch.stack([torch.where(tube, p[:, :2].norm(dim=-1), x), torch.where(tube, 0.0, y), z], 1)
 
-    def way_out(self, center, turn, a, b):
-        """The faces of bodies b by which bodies a (P,) get out of them soonest -> outward normals (P, 3), unrolled.
+    def overlap(self, center, turn, a, b):
+        """How deep bodies a (P,) reach into bodies b along b's axes, (P, 3), unrolled; below 0 along one: not at all.
 
-        By how far the whole bodies overlap, not by how deep a point is: the corner of a domino that sinks into the
-        next, as wide as itself, is nearest to its side."""
-        flat = self.unroll(center[:, None], b)[:, 0]
-        spoke = center[:, :2] / center[:, :2].norm(dim=-1, keepdim=True).clamp_min(1e-9)
-        reach = (turn.abs() * self.h[a, None]).sum(-1)
+        center (P, 3): of a, in b's frame; turn (P, 3, 3): a's frame to b's. Also the outward normals (P, 3) of the
+        faces by which they part soonest. That is not the face to which a point is nearest: a domino's corner that sinks
+        into the next one, which is as wide, is nearest to its side."""
+        flat = self.unroll(center, b)
+        reach = rotate(turn.abs(), take(self.h, a))
         if self.tubes:
-            radial = ((spoke[..., None] * turn[:, :2]).sum(1).abs() * self.h[a]).sum(-1)
-            reach[:, 0] = torch.where(self.shape[b] == CYLINDER, radial, reach[:, 0])
-        overlap = self.core[b] + reach - flat.abs()
-        return F.one_hot(overlap.argmin(-1), 3) * torch.where(flat < 0, -1.0, 1.0)
+            spoke = center[:, :2] / center[:, :2].norm(dim=-1, keepdim=True).clamp_min(1e-9)
+            radial = dot((spoke[..., None] * turn[:, :2]).sum(1).abs(), take(self.h, a))
+            reach[:, 0] = torch.where(take(self.shape, b) == CYLINDER, radial, reach[:, 0])
+        depth = take(self.core, b) + take(self.radius, b)[:, None] + reach - flat.abs()
+        return depth, F.one_hot(depth.argmin(-1), 3) * torch.where(flat < 0, -1.0, 1.0)
 
     def distance(self, p, k, soft, face):
-        """Signed distance of points p (F, K, 3), in the frames of bodies k (F,), edges rounded by soft (F,).
+        """Signed distance of points p (F, 3), in the frames of bodies k (F,), edges rounded by soft (F,).
 
-        face (F, 3): where points inside get out. -> gap (F, K) and outward normal (F, K, 3)."""
-        flat, core = self.unroll(p, k), (self.core[k] - soft[:, None])[:, None]
+        face (F, 3): where points inside get out. -> gap (F,) and outward normal (F, 3)."""
+        flat, core = self.unroll(p, k), take(self.core, k) - soft[:, None]
         out = (flat.abs() - core).clamp_min(0)
         length = out.norm(dim=-1)
-        outside = length > 0
-        n = torch.where(flat < 0, -out, out) / length.clamp_min(1e-9)[..., None]
-        n = torch.where(outside[..., None], n, face[:, None])
-        depth = ((flat * face[:, None] - core) * face.abs()[:, None]).sum(-1)
+        n = torch.where(flat < 0, -out, out) / length.clamp_min(1e-9)[:, None]
+        n = torch.where(length[:, None] > 0, n, face)
+        depth = dot(flat * face - core, face.abs())
         if self.tubes:
-            spoke = p[..., :2] / p[..., :2].norm(dim=-1, keepdim=True).clamp_min(1e-9)
-            tube = (self.shape[k] == CYLINDER)[:, None, None]
-            n = torch.where(tube, torch.cat([n[..., :1] * spoke, n[..., 2:]], -1), n)
-        return torch.where(outside, length, depth) - (self.radius[k] + soft)[:, None], n
+            spoke = p[:, :2] / p[:, :2].norm(dim=-1, keepdim=True).clamp_min(1e-9)
+            n = torch.where((take(self.shape, k) == CYLINDER)[:, None], torch.cat([n[:, :1] * spoke, n[:, 2:]], 1), n)
+        return torch.where(length > 0, length, depth) - take(self.radius, k) - soft, n
 
     def nearest(self, p, d, k, soft):
-        """Where on the segments p to p + d (F, E, 3), in the frames of bodies k, is the point nearest to the core?
+        """Where on the segments p to p + d (F, 3), in the frames of bodies k, is the point nearest to the core?
 
-        -> s (F, E) in [0, 1] and whether both ends are farther away. The squared distance is convex along it, and for a
+        -> s (F,) in [0, 1] and whether both ends are farther away. The squared distance is convex along it, and for a
         box its slope is piecewise linear: bisection finds the piece, one secant the root. Half-way gets a small bonus:
         else the point would jump from end to end of an edge that lies on a face, and what lies there would tremble."""
-        core, tube = (self.core[k] - soft[:, None])[:, None], (self.shape[k] == CYLINDER)[:, None]
+        core, tube = take(self.core, k) - soft[:, None], take(self.shape, k) == CYLINDER
         square = dot(d, d).clamp_min(1e-12)
 
         def slope(s):
-            at, along = p + s[..., None] * d, d
+            at, along = p + s[:, None] * d, d
             flat = self.unroll(at, k)
             if self.tubes:
-                radial = (at[..., :2] * d[..., :2]).sum(-1) / at[..., :2].norm(dim=-1).clamp_min(1e-9)
-                along = torch.stack([torch.where(tube, radial, d[..., 0]), d[..., 1], d[..., 2]], -1)
-            return ((flat.abs() - core).clamp_min(0) * torch.where(flat < 0, -along, along)).sum(-1) / square
+                radial = dot(at[:, :2], d[:, :2]) / at[:, :2].norm(dim=-1).clamp_min(1e-9)
+                along = torch.stack([torch.where(tube, radial, d[:, 0]), d[:, 1], d[:, 2]], 1)
+            return dot((flat.abs() - core).clamp_min(0), torch.where(flat < 0, -along, along)) / square
 
         low, high = torch.zeros_like(square), torch.ones_like(square)
         f_low, f_high = slope(low), slope(high)
@@ -602,49 +614,59 @@ class Contacts:
         return torch.where(inside, s, 0.5), inside
 
     def detect(self, x, R):
-        """Positions (M, 3), matrices (M, 3, 3) -> of contacts: slot, a, b (C,), point, normal b to a (C, 3), gap."""
-        f = self.on_floor[x[self.on_floor, 2] < self.bound[self.on_floor]]
-        p = x[f, None] + rotate(R[f, None], self.features(f, -R[f, 2]))                             # (F, 8, 3)
-        gap = p[..., 2] - self.radius[f, None]
-        row, k = ((gap < SLOP) & self.used[f]).nonzero().unbind(1)
-        f, gap = f[row], gap[row, k]
-        up = torch.tensor([0.0, 0.0, 1.0], device=x.device).expand(len(f), 3)
-        floor = f * 8 + k, f, torch.full_like(f, self.world), p[row, k] - up * self.radius[f, None], up, gap
+        """Positions (M, 3), matrices (M, 3, 3) -> of contacts: slot, a, b (C,), point, normal b to a (C, 3), gap.
 
-        d = ((x[self.a] - x[self.b]).square().sum(-1) < self.near).nonzero()[:, 0]
+        Those with the floor come first. What cannot touch is left out as early as that is cheap."""
+        f, x_f, R_f = self.on_floor, take(x, self.on_floor), take(R, self.on_floor)
+        low = (x_f[:, 2] < dot(R_f[:, 2].abs(), take(self.h, f)) + SLOP).nonzero()[:, 0]
+        f, x_f, R_f = (take(t, low) for t in (f, x_f, R_f))                                         # (F,) bodies
+        p = x_f[:, None] + rotate(R_f[:, None], self.features(f, -R_f[:, 2]))                       # (F, 8, 3)
+        gap = (p[..., 2] - take(self.radius, f)[:, None]).flatten()
+        hit = ((gap < SLOP) & take(self.used, f).flatten()).nonzero()[:, 0]                         # 8 f + k
+        f, gap, p = take(f, hit // 8), take(gap, hit), take(p.flatten(0, 1), hit)
+        up = torch.tensor([0.0, 0.0, 1.0], device=x.device).expand(len(f), 3)
+        floor = f * 8 + hit % 8, f, torch.full_like(f, self.world), p - up * take(self.radius, f)[:, None], up, gap
+
+        apart = take(x, self.a) - take(x, self.b)
+        d = (dot(apart, apart) < self.near).nonzero()[:, 0]
         if not len(d):
             return floor
-        a, b = self.a[d], self.b[d]
-        turn = R[b].mT @ R[a]                                                                       # a's frame to b's
-        center = rotate(R[b].mT, x[a] - x[b])
-        face = self.way_out(center, turn, a, b)                                                        # (P, 3)
-        toward = -rotate(turn.mT, self.distance(center[:, None], b, 0 * self.soft[b], face)[1][:, 0])
-        corners = self.features(a, toward)                                                          # (P, 8, 3)
+        a, b = take(self.a, d), take(self.b, d)
+        to_b = take(R, b).mT
+        turn, center = matmul(to_b, take(R, a)), rotate(to_b, take(apart, d))        # a's frame and centre in b's frame
+        depth, face = self.overlap(center, turn, a, b)
+        meet = (depth > -SLOP).all(1).nonzero()[:, 0]
+        a, b, d, turn, center, face = (take(t, meet) for t in (a, b, d, turn, center, face))        # P pairs
+        if not len(d):
+            return floor
+        toward = -rotate(turn.mT, self.distance(center, b, 0 * take(self.soft, b), face)[1])
+        corners, radius, inset = self.features(a, toward), take(self.radius, a), take(self.inset, a)  # (P, 8, 3)
         # two boxes of one size, stacked, have their corners on each other's rims, where nothing is inside: inset them
-        sharp = corners * (1 - self.inset[a, None] / self.h[a])[:, None]
-        sharp = rotate(turn[:, None], sharp) + center[:, None]
-        # a cylinder's edge runs from rim to rim on the side that faces b; a capsule's is its axis
-        edges = self.edges.expand(len(d), -1, -1)                                                   # (P, 12, 2)
-        for shape, pair in ((CYLINDER, (0, 4)), (CAPSULE, (0, 1))):
-            edges = torch.where((self.shape[a] == shape)[:, None, None], torch.tensor(pair, device=x.device), edges)
-        take = lambda n: corners.gather(1, edges[..., n, None].expand(-1, -1, 3))
-        start, end = (rotate(turn[:, None], take(n)) + center[:, None] for n in (0, 1))             # (P, 12, 3)
-        soft = torch.where(self.radius[a] > 0, 0.0, self.soft[b])
-        s, inside = self.nearest(start, end - start, b, soft)
-        middle = start + s[..., None] * (end - start)
+        sharp = corners * (1 - inset[:, None] / take(self.h, a))[:, None]
+        sharp, corners = ((rotate(turn[:, None], t) + center[:, None]).flatten(0, 1) for t in (sharp, corners))
+        point = (take(self.used, a) & take(self.pointed, d)[:, None]).flatten().nonzero()[:, 0]     # 8 P + k
 
-        gap_p, n_p = self.distance(sharp, b, 0 * soft, face)
-        gap_e, n_e = self.distance(middle, b, soft, face)
-        gap_p, gap_e = gap_p - (self.radius + self.inset)[a, None], gap_e - self.radius[a, None]
-        single = torch.arange(12, device=x.device) == 0
-        touch_p = (gap_p < SLOP) & self.used[a] & self.pointed[d, None]
-        touch_e = (gap_e < SLOP) & inside & (single | (self.shape[a] == BOX)[:, None]) & self.edged[d, None]
-        row, k = torch.cat([touch_p, touch_e], 1).nonzero().unbind(1)
-        gap, n, p = (torch.cat(pair, 1)[row, k] for pair in ((gap_p, gap_e), (n_p, n_e), (sharp, middle)))
-        a, b, d = a[row], b[row], d[row]
-        reach = self.radius[a] + torch.where(k < 8, self.inset[a], 0.0)              # from the feature to a's surface,
+        edge = (take(self.lined, a) & take(self.edged, d)[:, None]).flatten().nonzero()[:, 0]       # 12 P + k
+        line, k = edge // 12, edge % 12
+        start, end = (take(corners, line * 8 + i)
+                      for i in take(self.edges, take(take(self.shape, a), line) * 12 + k).unbind(1))  # (E, 3)
+        reach = take(take(self.h, b) + radius[:, None] + SLOP, line)
+        close = ((start + end).abs() - (end - start).abs() < 2 * reach).all(1).nonzero()[:, 0]
+        line, k, start, end = (take(t, close) for t in (line, k, start, end))
+        soft = take(torch.where(radius > 0, 0.0, take(self.soft, b)), line)
+        s, inside = self.nearest(start, end - start, take(b, line), soft)
+
+        row, p = torch.cat([point // 8, line]), torch.cat([take(sharp, point), start + s[:, None] * (end - start)])
+        k, soft = torch.cat([point % 8, 8 + k]), F.pad(soft, (len(point), 0))
+        a, b, d = (take(t, row) for t in (a, b, d))
+        gap, n = self.distance(p, b, soft, take(face, row))
+        reach = take(radius, row) + torch.where(k < 8, take(inset, row), 0.0)        # from the feature to a's surface
+        touch = ((gap - reach < SLOP) & F.pad(inside, (len(point), 0), value=True)).nonzero()[:, 0]
+        slot, gap = self.world * 8 + d * 20 + k, gap - reach
+        a, b, slot, p, n, gap, reach = (take(t, touch) for t in (a, b, slot, p, n, gap, reach))
         p = p - n * (reach + gap / 2)[:, None]                                       # and on to half-way between both
-        pair = self.world * 8 + d * 20 + k, a, b, x[b] + rotate(R[b], p), rotate(R[b], n), gap
+        R_b = take(R, b)
+        pair = slot, a, b, take(x, b) + rotate(R_b, p), rotate(R_b, n), gap
         return tuple(torch.cat(both) for both in zip(floor, pair))
 
 
@@ -662,58 +684,69 @@ MOMENTUM = _momentum(160)                          # Nesterov's, by the steps si
 class Impulses:
     """Projected Jacobi: impulses that make every contact separate at >= a target speed, within Coulomb's cone.
 
-    Impulses and speeds are in a contact's own frame (normal, two tangents): (3, C). Velocities of all bodies and the
-    world are V (6, M+1), linear above angular; V_contact = J V, and impulses p change V by W p, W = M^-1 J^T."""
+    Impulses and speeds are in a contact's own frame (normal, two tangents): (3, C). A contact has two sides, but for
+    those with the world, of which one side never moves; sides (S,) are all contacts' a, then the b of those that have
+    one. Velocities V (6, k) are of the bodies in contact, linear above angular: those of a against b are J V, side by
+    side, and impulses p change V by W p, W = M^-1 J^T."""
     def __init__(self, a, b, point, n, x, inv_mass, inv_inertia, clip):
-        """a, b (C,), point and normal (C, 3); of all bodies x (M+1, 3), inv_mass (M+1,), inv_inertia (M+1, 3, 3) and
-        the clip they are in (M+1,)."""
-        self.home = clip[a]
-        self.homes = torch.cat([clip.repeat(6), self.home.repeat(3)])                # of every number in solve's state
+        """a, b (C,), those with the world (b is the last body) first, point and normal (C, 3); of all bodies x
+        (M+1, 3), inv_mass (M+1,), inv_inertia (M+1, 3, 3) and the clip they are in (M+1,)."""
+        self.C, self.alone = len(a), int((b == len(x) - 1).sum())
+        bodies = torch.cat([a, b[self.alone:]])                                                     # (S,)
+        met = torch.zeros(len(x), dtype=torch.long, device=x.device).index_fill_(0, bodies, 1)
+        self.rows, self.body = met.nonzero()[:, 0], (met.cumsum(0) - 1)[bodies]                     # (k,), (S,)
+        self.home, self.clips = clip[a], len(x)
+        self.homes = torch.cat([clip[self.rows].repeat(6), self.home.repeat(3)])     # of every number in solve's state
         side = torch.where(n[:, 2:].abs() < 0.7, *torch.eye(3, device=x.device)[[2, 0]])            # not along n
         side = cross(side, n)
         side = side / side.norm(dim=-1, keepdim=True)
-        self.frame = torch.stack([n, side, cross(n, side)])                                         # (3, C, 3)
-        k = torch.stack([a, b])                                                                     # (2, C)
-        r, m, I = point - x[k], inv_mass[k], inv_inertia[k]
-        push = self.frame[:, None].expand(-1, 2, -1, -1)                                            # (3, 2, C, 3)
+        self.frame = torch.stack([n, side, cross(n, side)], -1)                                     # (C, 3, 3)
+        push = self.both(self.frame.movedim(0, -1))                                                 # (3, 3, S)
+        push = torch.cat([push[..., :self.C], -push[..., self.C:]], -1).permute(1, 2, 0)            # (3, S, 3)
+        r, m, I = self.both(point.T).T - x[bodies], inv_mass[bodies], inv_inertia[bodies]
         arm = cross(r, push)
         spin = rotate(I, arm)
-        sign = torch.tensor([1.0, -1.0], device=x.device)[:, None, None]
-        rows = lambda *t: (torch.cat(t, -1) * sign).permute(0, 3, 1, 2).flatten(1, 2)
-        self.J, self.W = rows(push, arm).unflatten(1, (3, 4)), rows(m[..., None] * push, spin)      # 3 x 12 x C
-        # where in a flat V the six numbers of both bodies are: flat gathers and index_adds are many times faster
-        self.into = (k + len(x) * torch.arange(6, device=x.device)[:, None, None]).flatten()        # (12 C,)
-        self.at = self.into.view(3, 4, -1)
+        self.J = torch.cat([push, arm], -1).transpose(1, 2).contiguous()                            # (3, 6, S)
+        self.W = torch.cat([m[:, None] * push, spin], -1).transpose(1, 2).contiguous()
+        # where in a flat V the six numbers of each side are: flat gathers and scatters are many times faster
+        self.into = (self.body + len(self.rows) * torch.arange(6, device=x.device)[:, None]).flatten()  # (6 S,)
         # a body's mass is split over its n contacts: with D_ii = n_a w_a + n_b w_b, lambda_max(D^-1 A) <= 1, and the
         # iteration converges (w: inverse masses along the normal and, an upper bound for every direction, across it)
-        count = torch.zeros_like(inv_mass).index_add_(0, k.flatten(), torch.ones_like(m).flatten())[k]
-        w_n = (count * (m + dot(arm[0], spin[0]))).sum(0)
-        w_t = (count * (m + I.abs().sum(-1).amax(-1) * dot(r, r))).sum(0)
-        self.step = 1 / torch.stack([w_n, w_t, w_t]).clamp_min(1e-12)                               # (3, C)
+        count = torch.zeros(len(self.rows), device=x.device).index_add_(0, self.body, torch.ones_like(m))[self.body]
+        w_n, w_t = m + dot(arm[0], spin[0]), m + I.abs().sum(-1).amax(-1) * dot(r, r)
+        self.step = 1 / self.each(count * torch.stack([w_n, w_t, w_t])).clamp_min(1e-12)            # (3, C)
+
+    def both(self, c):
+        """What contacts have, (..., C), for each of their sides, (..., S)."""
+        return torch.cat([c, c[..., self.alone:]], -1)
+
+    def each(self, s):
+        """The sum over the sides, (..., S), of each contact, (..., C)."""
+        return torch.cat([s[..., :self.alone], s[..., self.alone:self.C] + s[..., self.C:]], -1)
 
     def speed(self, V):
-        """Velocities (6, M+1) -> that of a against b at each contact, in its frame (3, C)."""
-        # sums of few terms: twelve at once would be added in an order that depends on how many contacts there are
-        return (self.J * V.take(self.at)).sum(2).sum(1)
+        """Flat velocities (6 k,) -> that of a against b at each contact, in its frame (3, C)."""
+        V = V.index_select(0, self.into).view(6, -1)
+        # a sum of three: more at once would be added in an order that depends on how many contacts there are
+        return self.each(torch.addcmul(self.J[:, :3] * V[:3], self.J[:, 3:], V[3:]).sum(1))
 
     def apply(self, V, p):
-        """Flat velocities (6 (M+1),) after impulses p (3, C)."""
-        return V.index_add(0, self.into, (self.W * p[:, None]).sum(0).flatten())
+        """Flat velocities (6 k,) after impulses p (3, C)."""
+        return V.scatter_add(0, self.into, (self.W * self.both(p)[:, None]).sum(0).flatten())
 
     def solve(self, V, target, mu, p, iterations):
-        """Velocities, target speeds (C,), friction (C,), first guess of the impulses (3, C) -> velocities, impulses.
+        """Flat velocities, target speeds (C,), friction (C,), first guess of impulses (3, C) -> velocities, impulses.
 
         Nesterov's acceleration, begun anew in a clip whose steps grow (after O'Donoghue and Candes, arXiv 1204.3982):
         plain iterations are too slow where heavy bodies lie on light ones. What is extrapolated in the impulses is
         extrapolated in the velocities, which are linear in them."""
-        n, goal = V.numel(), torch.stack([target, 0 * target, 0 * target])
+        n, goal, momentum = len(V), torch.stack([target, 0 * target, 0 * target]), MOMENTUM.to(V)
         # velocities and impulses in one row: small operations cost what they are, whatever their size
-        state = torch.cat([self.apply(V.flatten(), p), p.flatten()])                                # (6 (M+1) + 3 C,)
-        last, momentum = state, MOMENTUM.to(V)
-        age = torch.zeros(V.shape[1], dtype=torch.long, device=V.device)             # of clips, at most (M+1,)
-        moved_last = torch.full_like(V[0], torch.inf)
+        last = state = torch.cat([self.apply(V, p), p.flatten()])                                   # (6 k + 3 C,)
+        age = torch.zeros(self.clips, dtype=torch.long, device=V.device)
+        moved_last = torch.full_like(age, torch.inf, dtype=V.dtype)
         for _ in range(iterations):
-            y = torch.addcmul(state, momentum[age][self.homes], state - last)
+            y = torch.addcmul(state, momentum[age].index_select(0, self.homes), state - last)
             V_y, p_y = y[:n], y[n:].view(3, -1)
             p = torch.addcmul(p_y, self.step, goal - self.speed(V_y))
             push, slide = p[0].clamp_min(0), p[1:]
@@ -723,7 +756,7 @@ class Impulses:
             moved = torch.zeros_like(moved_last).index_add_(0, self.home, (change * change).sum(0) / self.step[0])
             age, moved_last = torch.where(moved > moved_last, 0, age + 1), moved
             last, state = state, torch.cat([self.apply(V_y, change), p.flatten()])
-        return state[:n].view_as(V), p
+        return state[:n], p
 
 
 # A training looks at the same few val scenes again and again: of small batches, what happened in the last 64 is kept.
@@ -766,7 +799,7 @@ def simulate(scene, frames, fps, gravity=None, rate=RATE):
 
     def world_inertia(q):
         R = quat_to_matrix(q)
-        return R, (R * inv_body[:, None]) @ R.mT
+        return R, matmul(R * inv_body[:, None], R.mT)
 
     given = torch.zeros((M + 1) * (N + 1), device=device)
     record = [(x, q, v, w, given)]
@@ -784,28 +817,29 @@ def simulate(scene, frames, fps, gravity=None, rate=RATE):
         start = warm[slot]
         warm[last], last = 0, slot
         if len(slot):
-            touch, V = Impulses(a, b, point, n, x, inv_mass, I, clip), torch.cat([v, w], 1).T.contiguous()
+            touch = Impulses(a, b, point, n, x, inv_mass, I, clip)
+            k = touch.rows
+            V = torch.cat([v[k], w[k]], 1).T.flatten()                                              # (6 k,)
             approach = -touch.speed(V)[0]
             # speed when the surfaces met: what the fall through the gap added is taken away again
             speed = (approach.square() - 2 * dot(g[a] - g[b], n) * gap).clamp_min(0).sqrt()
             bounces = approach > 3 * h * EARTH                                       # slower than that is resting
             target = torch.where(bounces, contacts.e[a] * contacts.e[b] * speed, 0.0)
-            v_free, w_free = v, w
-            start = dot(touch.frame, start) * ~bounces                                              # (3, C)
+            start = rotate(touch.frame.mT, start).T * ~bounces                                      # (3, C)
             # a tower is put up with no impulses to start from: that must be right before it leans
-            V, p = touch.solve(V, target, contacts.mu[a] * contacts.mu[b], start, 150 if step < 6 else 20)
-            v, w = V.T.split(3, 1)
+            after, p = touch.solve(V, target, contacts.mu[a] * contacts.mu[b], start, 150 if step < 6 else 20)
+            v[k], w[k] = after.view(6, -1).T.split(3, 1)
             # resting and sliding forces act all through the step, so half of what they do to v belongs into x as well
-            steady = torch.ones(M + 1, 1, device=device)
-            steady[a[bounces]] = 0
-            steady[b[bounces]] = 0
-            x, q = x + h / 2 * steady * (v - v_free), quat_mul(quat_exp(h / 2 * steady * (w - w_free)), q)
-            warm[slot] = (touch.frame * p[..., None]).sum(0)
+            steady = torch.ones(len(k), device=device).index_fill(0, touch.body[touch.both(bounces)], 0)
+            dx, dq = (h / 2 * steady * (after - V).view(6, -1)).T.split(3, 1)
+            x[k], turned = x[k] + dx, quat_mul(quat_exp(dq), q[k])
+            warm[slot] = rotate(touch.frame, p.T)
             for one, other in ((a, b), (b, a)):
                 given = given.index_add(0, one * (N + 1) + torch.where(other == M, N, other % N), p[0])
             # the same solver moves positions: the penetration is the "speed" wanted, friction-free, from zero
-            dx, dq = touch.solve(torch.zeros_like(V), -gap, 0 * gap, torch.zeros_like(p), 10)[0].T.split(3, 1)
-            x, q = x + dx, quat_mul(quat_exp(dq), q)
+            push = touch.solve(torch.zeros_like(V), -gap, 0 * gap, torch.zeros_like(p), 10)[0]
+            dx, dq = push.view(6, -1).T.split(3, 1)
+            x[k], q[k] = x[k] + dx, quat_mul(quat_exp(dq), turned)
         if (step + 1) % steps == 0:
             record.append((x, q, v, w, given))
             given = torch.zeros_like(given)
