@@ -46,6 +46,10 @@ SLOTS = (("rubber", 333), ("rubber", 373), ("wood", 53), ("wood", 92), ("clay", 
 # what only unseen scenes combine (drop, on which the shipped weights were trained, does not keep to it)
 HELD_OUT = {"rubber": CAPSULE, "wood": SPHERE, "clay": CYLINDER, "steel": CAPSULE}
 HUES = ("red", "orange", "yellow", "lime", "green", "mint", "cyan", "azure", "blue", "violet", "magenta", "rose")
+PATTERNS = ("halves", "stripes", "checker", "spots")  # of bodies
+FLOORS = ("checker", "planks", "tiles")            # all of 0.25 m
+WALLS = ("plain", "boards", "panelling")
+PLAIN = {"drop"}                                   # scenarios with the first of each only: what shipped weights know
 SPLITS = {"train": 1, "val": 2, "test": 3}
 EARTH = 9.81                                       # m/s^2; a scenario may give its own gravity, captions then say so
 PLACES = {1.62: "on the Moon", 3.73: "on Mars"}
@@ -206,6 +210,19 @@ def palette(draw, N):
     material, hue = (torch.tensor(column, device=device)[order] for column in
                      ([names.index(m) for m, _ in SLOTS], [float(h) for _, h in SLOTS]))
     return material, (hue + draw.uniform("hue", -2, 2, N)) % 360, tones(draw, N)
+
+
+def skins(draw, N, plain):
+    """Patterns of N bodies: an index into PATTERNS (B, N), and three waves, (B, N, 3, 3) cycles a half width along the
+    body's axes and (B, N, 3) phases. They change brightness alone: a body is known by its hue."""
+    kind = (draw("pattern", N) * len(PATTERNS)).long() * (not plain)
+    lean, cycles = draw.uniform("wavelean", -0.7, 0.7, N), draw.uniform("wavelong", 0.4, 0.8, N, 3, 1)
+    zero = torch.zeros_like(lean)
+    stripes = torch.stack([lean.cos(), zero, lean.sin()], -1)[..., None, :].expand(-1, -1, 3, -1)   # across the axis
+    axes = torch.eye(3, device=lean.device).expand_as(stripes)
+    spots = rotate(quat_to_matrix(random_quat(draw("waveturn", N, 3, 3))), axes)
+    wave = torch.where((kind == 1)[..., None, None], stripes, torch.where((kind == 2)[..., None, None], axes, spots))
+    return dict(pattern=kind, wave=wave * cycles, phase=2 * math.pi * draw("wavephas", N, 3))
 
 
 def any_of(shapes, draw, name, material, unseen):
@@ -416,7 +433,7 @@ def dominoes(draw, unseen):
 SCENARIOS = {"drop": drop, "collide": collide, "roll": roll, "support": support, "dominoes": dominoes}
 
 
-def look(draw, size):
+def look(draw, size, plain):
     """Camera, light, floor and wall, drawn for any scenario. -> dict of (B, ...)."""
     device = draw.key.device
     distance, pitch = draw.uniform("dist", 3.4, 4.0), draw.uniform("pitch", 6, 16) * math.pi / 180
@@ -440,6 +457,8 @@ def look(draw, size):
     return dict(camera=dict(intrinsics=intrinsics, world_to_camera=extrinsics), eye=eye, light=light,
                 ambient=draw.uniform("ambient", 0.4, 0.55),
                 floor=dict(tile=torch.full_like(pitch, TILE), yaw=draw("tileyaw") * math.pi / 2, color_a=tile_a,
+                           kind=(draw("floorkin") * len(FLOORS)).long() * (not plain),
+                           wall_kind=(draw("wallkind") * len(WALLS)).long() * (not plain),
                            color_b=tile_a * draw.uniform("contrast", 0.8, 0.9)[:, None],
                            wall_color=draw.uniform("wall", 0.45, 0.9)[:, None] * pale("tint2"),
                            wall_y=draw.uniform("wally", 1.4, 2.2)))
@@ -881,6 +900,11 @@ def jitter(scene, camera, draw, pixels=0.5, degrees=5.0):
     return scene | dict(position=scene["position"] + move, rotation=quat_mul(quat_exp(turn), scene["rotation"]))
 
 
+def clips(d, which):
+    """Some clips, by whatever can index a tensor, of a scene or of a path."""
+    return {k: clips(v, which) if isinstance(v, dict) else v[which] for k, v in d.items()}
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # the camera: one ray a sample, cast only inside the window that a body can cover
 
@@ -955,6 +979,14 @@ def _normal(p, shape, h):
     return torch.where((shape == BOX)[:, None], face, torch.where((shape == CYLINDER)[:, None], flat, smooth))
 
 
+def _pattern(p, skin):
+    """Brightness, 0.7 to 1, at points p (S, 3) of bodies, in half widths along their axes; skin of skins(), (S, ...)."""
+    waves = (2 * math.pi * (skin["wave"] * p[:, None]).sum(-1) + skin["phase"]).cos()               # (S, 3)
+    one, all, some = waves[:, 0], waves.prod(-1), waves.sum(-1)
+    height = torch.where(skin["pattern"] == 1, one, torch.where(skin["pattern"] == 2, 4 * all, some))
+    return 0.85 + 0.15 * (6 * height).tanh()       # the edge is a little soft
+
+
 def _background(scene, size, samples):
     """What is seen where no body is, P = (size*samples)^2 -> z-depth (B, P), colour in sun and in shadow (B, P, 3)."""
     B, device = len(scene["eye"]), scene["eye"].device
@@ -966,10 +998,16 @@ def _background(scene, size, samples):
     t = torch.minimum(t_floor, t_wall)
     point, on_floor = eye + t[..., None] * d, (t_floor < t_wall)[..., None]
     c, s = floor["yaw"].cos()[:, None], floor["yaw"].sin()[:, None]
-    tile = (((point[..., 0] * c - point[..., 1] * s) / TILE).floor()
-            + ((point[..., 0] * s + point[..., 1] * c) / TILE).floor())
-    checker = torch.where((tile % 2 == 0)[..., None], floor["color_a"][:, None], floor["color_b"][:, None])
+    u, v = (point[..., 0] * c - point[..., 1] * s) / TILE, (point[..., 0] * s + point[..., 1] * c) / TILE
+    kind, row, across = floor["kind"][:, None], u.floor(), v.floor()
+    # planks are four tiles long, each row of them begins elsewhere; planks and tiles have a shade each, of 61
+    along = torch.where(kind == 1, ((v + 1.3 * row) / 4).floor(), across)
+    mix = torch.where(kind == 0, (row + across) % 2, ((7 * row + 31 * along) ** 2 % 61) / 60)[..., None]
+    checker = torch.lerp(floor["color_a"][:, None], floor["color_b"][:, None], mix)
     wall = (0.7 + 0.3 * (point[..., 2:] / 2).clamp(0, 1)) * floor["wall_color"][:, None]  # brighter towards the top
+    board, low, kind = (point[..., 0] / 0.5).floor(), point[..., 2] < 0.6, floor["wall_kind"][:, None]
+    darker = torch.where(kind == 1, (13 * board) ** 2 % 7 / 50, torch.where(kind == 2, 0.15 * low, 0.0))
+    wall = wall * (1 - darker[..., None])
     ambient = scene["ambient"][:, None, None]
     sun = ambient + (1 - ambient) * scene["light"][:, None, 2:]
     return t, torch.where(on_floor, checker * sun, wall), torch.where(on_floor, checker * ambient, wall)
@@ -1050,11 +1088,17 @@ def _cast(scene, path, size, samples):
         row, sample = closer.nonzero().unbind(1)   # from here on only the samples that hit: one in four
         flat, t, kind = flat[row, sample], t[row, sample], shape[row]
         depth.view(-1)[flat], ident.view(-1)[flat] = t, k + 1
-        normal = _normal(o[row] + t[:, None] * d[row, sample], kind, h[row])
-        # two tones on what is round, three on a box, so that rotation shows
-        faces = (normal.abs() * torch.tensor([0.0, 0.14, 0.28], device=device)).sum(-1)
-        half = torch.where(kind == SPHERE, normal[:, 2], normal[:, 0]) > 0
-        tone = 1 - torch.where(kind == BOX, faces, 0.25 * half)
+        point = o[row] + t[:, None] * d[row, sample]
+        normal = _normal(point, kind, h[row])
+        # two tones on what is round, three on a box, so that rotation shows; and so does a pattern
+        faces = 1 - (normal.abs() * torch.tensor([0.0, 0.14, 0.28], device=device)).sum(-1)
+        half = 1 - 0.25 * (torch.where(kind == SPHERE, normal[:, 2], normal[:, 0]) > 0)
+        tone = torch.where(kind == BOX, faces, half)
+        drawn = (scene["skin"]["pattern"][clip, k][row] > 0).nonzero()[:, 0]
+        if len(drawn):
+            r = row[drawn]
+            pattern = _pattern(point[drawn] / h[r].amax(-1, keepdim=True), clips(scene["skin"], (clip[r], k)))
+            tone[drawn] = pattern * torch.where(kind[drawn] == BOX, faces[drawn], 1.0)
         ambient, diffuse = (scene["ambient"][clip][row],
                             dot(normal, rotate(R.mT, scene["light"][clip])[row]).clamp_min(0))
         color = scene["color"][clip, k][row] * (tone * (ambient + (1 - ambient) * diffuse))[:, None]
@@ -1133,7 +1177,8 @@ def make_scene(scenario, batch_size, seed, split="train", size=64, device="cpu",
         raise ValueError(f"unknown split {split!r}; there are: {', '.join(SPLITS)}")
     draw = Draws(split, seed, torch.arange(start, start + batch_size, device=device) * 2 + unseen)
     earth = dict(gravity=torch.tensor([0.0, 0.0, -EARTH], device=device).repeat(batch_size, 1))
-    return earth | SCENARIOS[scenario](draw, unseen) | look(draw, size), draw
+    scene, plain = SCENARIOS[scenario](draw, unseen), scenario in PLAIN
+    return earth | dict(skin=skins(draw, scene["shape"].shape[1], plain)) | scene | look(draw, size, plain), draw
 
 
 @torch.no_grad()
@@ -1163,20 +1208,21 @@ def make_batch(scenario, batch_size, seed, split="train", frames=25, size=64, fp
         draw.key = _mix(draw.key + 1 + jitter_seed)
         scene = jitter(scene, scene["camera"], draw)
     path = simulate(scene, frames, fps, scene["gravity"])
-    part = lambda d, i: {k: part(v, i) if isinstance(v, dict) else v[i:i + chunk] for k, v in d.items()}
-    reel = {k: v[:, :filmed] for k, v in path.items()}
-    films = [render(part(scene, i), part(reel, i), size, antialias, truth) for i in range(0, batch_size, chunk)]
-    if photo:                                      # the same camera with finer pixels
-        scale = torch.tensor([photo / size, photo / size, 1.0], device=device)[:, None]
-        fine = scene | dict(camera=scene["camera"] | dict(intrinsics=scene["camera"]["intrinsics"] * scale))
-        still = {k: v[:, :1] for k, v in path.items()}
-        for i, film in zip(range(0, batch_size, chunk), films):
-            shot = render(part(fine, i), part(still, i), photo, 2)
+    reel, still = ({k: v[:, :n] for k, v in path.items()} for n in (filmed, 1))
+    scale = torch.tensor([photo / size, photo / size, 1.0], device=device)[:, None]  # the same camera with finer pixels
+    fine = scene | dict(camera=scene["camera"] | dict(intrinsics=scene["camera"]["intrinsics"] * scale))
+    out = {}
+    for i in range(0, batch_size, chunk):          # films are large: each is put where it belongs at once
+        these = slice(i, i + chunk)
+        film = render(clips(scene, these), clips(reel, these), size, antialias, truth)
+        if photo:
+            shot = render(clips(fine, these), clips(still, these), photo, 2)
             film |= {"photo": shot["video"][:, :, 0], "photo_mask": shot["mask"][:, 0]}
+        for k, v in film.items():
+            out.setdefault(k, v.new_empty(batch_size, *v.shape[1:]))[these] = v
     keep = ("alive", "dynamic", "falls", "shape", "half_extents", "mass", "restitution", "friction", "material",
             "color", "floor", "gravity", "camera", "light")
-    return {k: torch.cat([f[k] for f in films]) for k in films[0]} | path | {k: scene[k] for k in keep} \
-        | dict(caption=captions(scene))
+    return out | path | {k: scene[k] for k in keep} | dict(caption=captions(scene))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
