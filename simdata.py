@@ -195,7 +195,7 @@ def bodies(shape, half_extents, material, position, rotation, alive, hue, tone, 
                 velocity=zeros, angular_velocity=zeros.clone(), alive=alive, normal=normal, falls=falls & alive,
                 dynamic=alive.clone() if dynamic is None else alive & dynamic,
                 mass=density * volume(shape, half_extents), restitution=restitution, friction=friction, hue=hue,
-                color=rgb)
+                color=rgb, pattern=torch.zeros_like(shape))                          # plain, unless skins() says more
 
 
 def tones(draw, N):
@@ -213,8 +213,8 @@ def palette(draw, N):
 
 
 def skins(draw, N, plain):
-    """Patterns of N bodies: an index into PATTERNS (B, N), and three waves, (B, N, 3, 3) cycles a half width along the
-    body's axes and (B, N, 3) phases. They change brightness alone: a body is known by its hue."""
+    """Patterns of N bodies, for any scenario: an index into PATTERNS (B, N), and three waves, (B, N, 3, 3) cycles a
+    half width along the body's axes and (B, N, 3) phases. They change brightness alone: a body is known by its hue."""
     kind = (draw("pattern", N) * len(PATTERNS)).long() * (not plain)
     lean, cycles = draw.uniform("wavelean", -0.7, 0.7, N), draw.uniform("wavelong", 0.4, 0.8, N, 3, 1)
     zero = torch.zeros_like(lean)
@@ -917,11 +917,15 @@ def project(points, camera):
     return uv, p[..., 2]
 
 
-def _rays(uv, camera):
-    """Pixel coordinates (F, P, 2) -> ray directions in world axes (F, P, 3), scaled so that t is the z-depth."""
-    K, M = camera["intrinsics"], camera["world_to_camera"]
-    xy = (uv - K[:, None, :2, 2]) / K[:, None, 0, 0, None]
-    return F.pad(xy, (0, 1), value=1.0) @ M[:, :3, :3]
+def _rays(camera, x, y, axes=None):
+    """Through the crossings of columns x (F, W) and rows y (F, H), px -> ray directions (F, H W, 3), scaled so that t
+    is the z-depth, in world axes, or in others to which axes (F, 3, n) turns the camera's.
+
+    A ray is the sum of what its column and what its row gives."""
+    K, axes = camera["intrinsics"], camera["world_to_camera"][:, :3, :3] if axes is None else axes
+    across = ((x - K[:, 0, 2, None]) / K[:, 0, 0, None])[..., None] * axes[:, None, 0]              # (F, W, n)
+    down = ((y - K[:, 1, 2, None]) / K[:, 1, 1, None])[..., None] * axes[:, None, 1] + axes[:, None, 2]
+    return (across[:, None] + down[:, :, None]).flatten(1, 2)
 
 
 def _roots(a, b, c):
@@ -938,27 +942,30 @@ def _slabs(o, d, h):
     return torch.minimum(t0, t1).amax(-1), torch.maximum(t0, t1).amin(-1)
 
 
+def _tube(o, d, r, half):
+    side = _roots(dot(d[..., :2], d[..., :2]), dot(o[..., :2], d[..., :2]), dot(o[..., :2], o[..., :2]) - r * r)
+    ends = _slabs(o[..., 2:], d[..., 2:], half)
+    return torch.maximum(side[0], ends[0]), torch.minimum(side[1], ends[1])
+
+
+def _ball(o, d, r):
+    return _roots(dot(d, d), dot(o, d), dot(o, o) - r * r)
+
+
+def _capsule(o, d, h):                             # a convex body is entered where the first of its parts is
+    r, half = h[..., 0], h[..., 2:] - h[..., :1]
+    up = F.pad(half, (2, 0))
+    parts = [_tube(o, d, r, half), _ball(o - up, d, r), _ball(o + up, d, r)]
+    parts = [(torch.where(n < f, n, torch.inf), torch.where(n < f, f, -torch.inf)) for n, f in parts]
+    return torch.stack([n for n, _ in parts]).amin(0), torch.stack([f for _, f in parts]).amax(0)
+
+
 def _span(o, d, shape, h):
     """Rays from o (F, 1, 3) along d (F, P, 3), in the bodies' frames -> t (F, P) where they enter and leave the body.
 
     A ray that misses enters after it leaves. Each shape's own formula runs on its own frames only."""
-    def tube(o, d, r, half):
-        side = _roots(dot(d[..., :2], d[..., :2]), dot(o[..., :2], d[..., :2]), dot(o[..., :2], o[..., :2]) - r * r)
-        ends = _slabs(o[..., 2:], d[..., 2:], half)
-        return torch.maximum(side[0], ends[0]), torch.minimum(side[1], ends[1])
-
-    def ball(o, d, r):
-        return _roots(dot(d, d), dot(o, d), dot(o, o) - r * r)
-
-    def capsule(o, d, h):                          # a convex body is entered where the first of its parts is
-        r, half = h[..., 0], h[..., 2:] - h[..., :1]
-        up = F.pad(half, (2, 0))
-        parts = [tube(o, d, r, half), ball(o - up, d, r), ball(o + up, d, r)]
-        parts = [(torch.where(n < f, n, torch.inf), torch.where(n < f, f, -torch.inf)) for n, f in parts]
-        return torch.stack([n for n, _ in parts]).amin(0), torch.stack([f for _, f in parts]).amax(0)
-
-    formulas = (lambda o, d, h: ball(o, d, h[..., 0]), _slabs,
-                lambda o, d, h: tube(o, d, h[..., 0], h[..., 2:]), capsule)
+    formulas = (lambda o, d, h: _ball(o, d, h[..., 0]), _slabs,
+                lambda o, d, h: _tube(o, d, h[..., 0], h[..., 2:]), _capsule)
     near, far = torch.empty_like(d[..., 0]), torch.empty_like(d[..., 0])
     for s, formula in enumerate(formulas):
         row = (shape == s).nonzero()[:, 0]
@@ -979,45 +986,48 @@ def _normal(p, shape, h):
     return torch.where((shape == BOX)[:, None], face, torch.where((shape == CYLINDER)[:, None], flat, smooth))
 
 
-def _pattern(p, skin):
-    """Brightness, 0.7 to 1, at points p (S, 3) of bodies, in half widths along their axes; skin of skins(), (S, ...)."""
-    waves = (2 * math.pi * (skin["wave"] * p[:, None]).sum(-1) + skin["phase"]).cos()               # (S, 3)
-    one, all, some = waves[:, 0], waves.prod(-1), waves.sum(-1)
-    height = torch.where(skin["pattern"] == 1, one, torch.where(skin["pattern"] == 2, 4 * all, some))
+def _pattern(p, pattern, wave, phase):
+    """Brightness, 0.7 to 1, at points p (S, 3) of bodies, in half widths along their axes; the rest as of skins()."""
+    waves = (2 * math.pi * (wave * p[:, None]).sum(-1) + phase).cos()                               # (S, 3)
+    stripes, checker, spots = waves[:, 0], 4 * waves.prod(-1), waves.sum(-1)
+    height = torch.where(pattern == 1, stripes, torch.where(pattern == 2, checker, spots))
     return 0.85 + 0.15 * (6 * height).tanh()       # the edge is a little soft
 
 
 def _background(scene, size, samples):
-    """What is seen where no body is, P = (size*samples)^2 -> z-depth (B, P), colour in sun and in shadow (B, P, 3)."""
-    B, device = len(scene["eye"]), scene["eye"].device
-    s = (torch.arange(size * samples, device=device) + 0.5) / samples
-    uv = torch.stack(torch.meshgrid(s, s, indexing="xy"), -1).view(1, -1, 2).expand(B, -1, -1)
-    d, eye, floor = _rays(uv, scene["camera"]), scene["eye"][:, None], scene["floor"]
-    t_floor = torch.where(d[..., 2] < 0, -eye[..., 2] / d[..., 2], torch.inf)
-    t_wall = (floor["wall_y"][:, None] - eye[..., 1]) / d[..., 1]
-    t = torch.minimum(t_floor, t_wall)
-    point, on_floor = eye + t[..., None] * d, (t_floor < t_wall)[..., None]
-    c, s = floor["yaw"].cos()[:, None], floor["yaw"].sin()[:, None]
-    u, v = (point[..., 0] * c - point[..., 1] * s) / TILE, (point[..., 0] * s + point[..., 1] * c) / TILE
-    kind, row, across = floor["kind"][:, None], u.floor(), v.floor()
-    # planks are four tiles long, each row of them begins elsewhere; planks and tiles have a shade each, of 61
-    along = torch.where(kind == 1, ((v + 1.3 * row) / 4).floor(), across)
-    mix = torch.where(kind == 0, (row + across) % 2, ((7 * row + 31 * along) ** 2 % 61) / 60)[..., None]
-    checker = torch.lerp(floor["color_a"][:, None], floor["color_b"][:, None], mix)
-    wall = (0.7 + 0.3 * (point[..., 2:] / 2).clamp(0, 1)) * floor["wall_color"][:, None]  # brighter towards the top
-    board, low, kind = (point[..., 0] / 0.5).floor(), point[..., 2] < 0.6, floor["wall_kind"][:, None]
-    darker = torch.where(kind == 1, (13 * board) ** 2 % 7 / 50, torch.where(kind == 2, 0.15 * low, 0.0))
-    wall = wall * (1 - darker[..., None])
-    ambient = scene["ambient"][:, None, None]
-    sun = ambient + (1 - ambient) * scene["light"][:, None, 2:]
-    return t, torch.where(on_floor, checker * sun, wall), torch.where(on_floor, checker * ambient, wall)
+    """What is seen where no body is, P = size^2 -> z-depth of the samples (B, P samples^2), colour in sun and in shadow
+    (B, P, 3), means over samples^2."""
+    B, floor, eye = len(scene["eye"]), scene["floor"], scene["eye"][:, None]
+    s = ((torch.arange(size * samples, device=eye.device) + 0.5) / samples).expand(B, -1)
+    dx, dy, dz = _rays(scene["camera"], s, s).unbind(-1)                                            # (B, P samples^2)
+    t_floor = torch.where(dz < 0, -eye[..., 2] / dz, torch.inf)
+    t_wall = (floor["wall_y"][:, None] - eye[..., 1]) / dy
+    t, on_floor = torch.minimum(t_floor, t_wall), t_floor < t_wall
+    x, y, z = eye[..., 0] + t * dx, eye[..., 1] + t * dy, eye[..., 2] + t * dz
+    c, s = floor["yaw"].cos()[:, None] / TILE, floor["yaw"].sin()[:, None] / TILE
+    row, v, kind = (x * c - y * s).floor(), x * s + y * c, floor["kind"][:, None]
+    mix = (row + v.floor()) % 2
+    if kind.any():                                 # planks, four tiles long, and tiles have a shade each, of 61
+        along = torch.where(kind == 1, ((v + 1.3 * row) / 4).floor(), v.floor())
+        mix = torch.where(kind == 0, mix, (7 * row + 31 * along) ** 2 % 61 / 60)
+    kind = floor["wall_kind"][:, None]
+    wall = 0.7 + 0.15 * z.clamp(0, 2)              # brighter towards the top
+    if kind.any():
+        board = (13 * (x / 0.5).floor()) ** 2 % 7 / 50
+        wall = wall * (1 - torch.where(kind == 1, board, torch.where(kind == 2, 0.15 * (z < 0.6), 0.0)))
+    # colours are linear in these three, so their means are enough
+    one, two, wall = (F.avg_pool2d(shade.view(B, size * samples, -1), samples).flatten(1)[..., None] for shade in
+                      (on_floor * (1 - mix), on_floor * mix, ~on_floor * wall))                     # (B, P, 1)
+    tiles = one * floor["color_a"][:, None] + two * floor["color_b"][:, None]
+    wall = wall * floor["wall_color"][:, None]
+    dark = scene["ambient"][:, None, None]
+    return t, tiles * (dark + (1 - dark) * scene["light"][:, None, 2:]) + wall, tiles * dark + wall
 
 
 def _window(center, side, width):
-    """Indices of a side x side window around center (F, 2) in a width x width image, kept inside it -> (F, side^2)."""
+    """Columns and rows (F, side) of a square around center (F, 2) in a width x width image, kept inside it."""
     corner = (center - side / 2).round().clamp(0, width - side).long()
-    step = torch.arange(side, device=center.device)
-    return ((corner[:, 1:] + step)[:, :, None] * width + (corner[:, :1] + step)[:, None, :]).flatten(1)
+    return (corner[..., None] + torch.arange(side, device=center.device)).unbind(1)
 
 
 def _frames(scene, path, k):
@@ -1036,12 +1046,20 @@ def _side(camera, radius, center, samples, limit):
     return uv[:, 0] * samples, min(limit, math.ceil(2.1 * samples * reach.max().item()) + 3)
 
 
+def _may_shade(x, y, center, light, bound):
+    """Floor points (C, G), a body's centre (C, T, 3) and the radius of a ball around it (C,), light (C, 3) ->
+    (C, T, G): whether the sun's ray through the point meets the ball."""
+    l, c = light[:, None, None], center[:, :, None]
+    x, y = x[:, None] - c[..., 0], y[:, None] - c[..., 1]                                           # (C, T, G)
+    along = l[..., 0] * x + l[..., 1] * y - l[..., 2] * c[..., 2]
+    return x * x + y * y + c[..., 2] * c[..., 2] - along * along < (bound * bound)[:, None, None]
+
+
 def _sunlight(scene, path, size):
     """Fraction of the sun on the floor at each pixel, (B, T, H, W): one ray a pixel, then a 3x3 mean as penumbra."""
     B, T, N, _ = path["position"].shape
-    s = torch.arange(size, device=scene["eye"].device) + 0.5
-    d = _rays(torch.stack(torch.meshgrid(s, s, indexing="xy"), -1).view(1, -1, 2).expand(B, -1, -1), scene["camera"])
-    eye = scene["eye"][:, None]
+    s = (torch.arange(size, device=scene["eye"].device) + 0.5).expand(B, -1)
+    d, eye = _rays(scene["camera"], s, s), scene["eye"][:, None]
     ground = (d[..., 2] < 0).any(0).nonzero()[:, 0]                                  # pixels below a horizon
     d = d[:, ground]
     floor = eye - d * (eye[..., 2:] / d[..., 2:].clamp_max(-1e-3))                   # what they show of it, (B, G, 3)
@@ -1050,21 +1068,21 @@ def _sunlight(scene, path, size):
         clip, frame, x, R, shape, h = _frames(scene, path, k)
         if not len(clip):
             continue
-        light, bound = scene["light"][clip], _bound(shape, h)[:, None]
-        # only where the sun's ray passes through the ball around the body
-        dx, dy, z = floor[clip, :, 0] - x[:, :1], floor[clip, :, 1] - x[:, 1:2], x[:, 2:]           # (F, G), z (F, 1)
-        along = light[:, :1] * dx + light[:, 1:2] * dy - light[:, 2:] * z
-        row, p = (dx * dx + dy * dy + z * z - along * along < bound * bound).nonzero().unbind(1)
+        who = clip[::T]                            # the clips with such a body
+        near = _may_shade(floor[who, :, 0], floor[who, :, 1], x.view(-1, T, 3), scene["light"][who],
+                          _bound(shape, h)[::T])
+        row, p = near.flatten(0, 1).nonzero().unbind(1)
         o, turn = floor[clip[row], p] - x[row], R[row].mT
-        near, far = _span(rotate(turn, o)[:, None], rotate(turn, light[row])[:, None], shape[row], h[row])
+        light = rotate(turn, scene["light"][clip[row]])
+        near, far = _span(rotate(turn, o)[:, None], light[:, None], shape[row], h[row])
         lit[frame[row], ground[p]] *= (near >= far)[:, 0].float()
     lit = F.pad(lit.view(B * T, 1, size, size), (1, 1, 1, 1), mode="replicate")
     return F.avg_pool2d(lit, 3, 1).view(B, T, size * size)
 
 
 def _cast(scene, path, size, samples):
-    """Bodies only, F = B*T, P = (size*samples)^2 -> z-depth (F, P), id (F, P), and the samples that hit: id, flat
-    index into (F, P), shaded colour and normal in world axes (.., 3) for each body."""
+    """Bodies only, F = B*T, P = (size*samples)^2 -> z-depth (F, P), id (F, P), and the samples that hit: for each body
+    its id, their flat indices into (F, P), shaded colours, normals in camera axes and points in the body's (S, 3)."""
     B, T, N, _ = path["position"].shape
     W, device = size * samples, scene["eye"].device
     depth = torch.full((B * T, W * W), torch.inf, device=device)
@@ -1074,17 +1092,17 @@ def _cast(scene, path, size, samples):
         clip, frame, x, R, shape, h = _frames(scene, path, k)
         if not len(clip):
             continue
-        camera = {key: v[clip] for key, v in scene["camera"].items()}
+        camera = clips(scene["camera"], clip)
         center, side = _side(camera, _bound(shape, h), x, samples, W)
-        index = _window(center, side, W)                                                            # (F, S)
-        pixel = torch.stack([(index % W + 0.5) / samples, (index // W + 0.5) / samples], -1)
-        rays = _rays(pixel, camera)
-        d = rays @ R                               # everything below happens in the body's own frame
+        column, line = _window(center, side, W)                                                     # (F, side)
+        px, py, M = (column + 0.5) / samples, (line + 0.5) / samples, camera["world_to_camera"][:, :3, :3]
+        d = _rays(camera, px, py, M @ R)           # (F, S, 3); everything below happens in the body's own frame
         o = rotate(R.mT, scene["eye"][clip] - x)
-        t, far = _span(o[:, None].expand_as(d), d, shape, h)
-        flat = frame[:, None] * W * W + index
-        above = scene["eye"][clip, 2:] + t * rays[..., 2] > -BURIED                  # the floor hides what is under it
-        closer = (t < far) & (t > 0) & (t < depth.view(-1)[flat]) & above
+        t, far = _span(o[:, None], d, shape, h)
+        flat = (frame[:, None, None] * W * W + line[..., None] * W + column[:, None]).flatten(1)
+        # the floor hides what is under it
+        above = scene["eye"][clip, 2:] + t * _rays(camera, px, py, M[..., 2:])[..., 0] > -BURIED
+        closer = (t < far) & (t > 0) & (t < depth.view(-1).take(flat)) & above
         row, sample = closer.nonzero().unbind(1)   # from here on only the samples that hit: one in four
         flat, t, kind = flat[row, sample], t[row, sample], shape[row]
         depth.view(-1)[flat], ident.view(-1)[flat] = t, k + 1
@@ -1094,16 +1112,25 @@ def _cast(scene, path, size, samples):
         faces = 1 - (normal.abs() * torch.tensor([0.0, 0.14, 0.28], device=device)).sum(-1)
         half = 1 - 0.25 * (torch.where(kind == SPHERE, normal[:, 2], normal[:, 0]) > 0)
         tone = torch.where(kind == BOX, faces, half)
-        drawn = (scene["skin"]["pattern"][clip, k][row] > 0).nonzero()[:, 0]
+        drawn = (scene["pattern"][clip, k][row] > 0).nonzero()[:, 0]
         if len(drawn):
             r = row[drawn]
-            pattern = _pattern(point[drawn] / h[r].amax(-1, keepdim=True), clips(scene["skin"], (clip[r], k)))
-            tone[drawn] = pattern * torch.where(kind[drawn] == BOX, faces[drawn], 1.0)
+            skin = (scene[key][clip[r], k] for key in ("pattern", "wave", "phase"))
+            tone[drawn] = _pattern(point[drawn] / h[r].amax(-1, keepdim=True), *skin) \
+                * torch.where(kind[drawn] == BOX, faces[drawn], 1.0)
         ambient, diffuse = (scene["ambient"][clip][row],
                             dot(normal, rotate(R.mT, scene["light"][clip])[row]).clamp_min(0))
         color = scene["color"][clip, k][row] * (tone * (ambient + (1 - ambient) * diffuse))[:, None]
-        hits.append((k + 1, flat, color, rotate(R[row], normal)))
+        hits.append((k + 1, flat, color, rotate((M @ R)[row], normal), point))
     return depth, ident, hits
+
+
+def _compose(lit, dark, sun, body, share):
+    """The floor in sun and shadow (B, 1, P, 3), how much sun it gets (B, T, P), and bodies' colour and coverage, (B, T,
+    P, 4), each of so many samples -> video (B, 3, T, P) in [-1, 1]."""
+    cover, sun = 1 - share * body[..., 3], sun * 2
+    planes = [(2 * dark[..., c] + (lit - dark)[..., c] * sun) * cover + 2 * share * body[..., c] - 1 for c in range(3)]
+    return torch.stack(planes, 1).clamp(-1, 1)
 
 
 def render(scene, path, size=64, antialias=2, truth=True):
@@ -1114,57 +1141,43 @@ def render(scene, path, size=64, antialias=2, truth=True):
     depth, ident, hits = _cast(scene, path, size, antialias)
     # the floor does not move: only how much sun it gets. It is filmed once, with more samples: its far tiles are fine
     fine = max(antialias, min(4, 256 // size)) if antialias > 1 else 1
-    pool = lambda c: c.view(B, size, fine, size, fine, 3).mean((2, 4)).view(B, 1, size * size, 3)
-    lit, dark = map(pool, _background(scene, size, fine)[1:])
-    image = (dark + (lit - dark) * _sunlight(scene, path, size)[..., None]).view(-1, 3)             # (B*T*H*W, 3)
-    body = torch.zeros(len(image), 4, device=image.device)                           # colour and coverage of each pixel
-    for k, flat, color, _ in hits:
+    _, lit, dark = _background(scene, size, fine)
+    body = torch.zeros(B * T * size * size, 4, device=lit.device)                    # colour and coverage of each pixel
+    for k, flat, color, *_ in hits:
         front = ident.view(-1)[flat] == k                         # not hidden by a later body
         flat, color = flat[front], color[front]
         pixel = (flat // (W * W) * size + flat % (W * W) // W // antialias) * size + flat % W // antialias
         body.index_add_(0, pixel, F.pad(color, (0, 1), value=1.0))
-    body /= antialias**2
-    image = (image * (1 - body[:, 3:]) + body[:, :3]).view(B, T, size, size, 3).permute(0, 4, 1, 2, 3)
-    out = dict(video=(image.clamp(0, 1) * 2 - 1).contiguous())
+    sun = _sunlight(scene, path, size)
+    video = _compose(lit[:, None], dark[:, None], sun, body.view(B, T, -1, 4), 1 / antialias**2)
+    out = dict(video=video.view(B, 3, T, size, size))
     if not truth:
         return out
     if antialias > 1:                              # truth: what a pixel's centre sees
         depth, ident, hits = _cast(scene, path, size, 1)
-    normal = torch.zeros(B * T * size * size, 3, device=image.device)
-    for k, flat, _, n in hits:
-        front = ident.view(-1)[flat] == k
-        normal[flat[front]] = n[front]
-    normal = normal.view(B, -1, 3) @ scene["camera"]["world_to_camera"][:, :3, :3].mT               # camera axes
-    depth, ident = torch.minimum(depth.view(B, T, -1), _background(scene, size, 1)[0][:, None]), ident.view(B, T, -1)
-    return out | dict(mask=ident.view(B, T, size, size), depth=depth.view(B, T, size, size),
-                      normal=normal.view(B, T, size, size, 3).permute(0, 4, 1, 2, 3).contiguous(),
-                      **_flow(scene, path, depth, ident, size))
-
-
-def _flow(scene, path, depth, ident, size):
-    """Where each pixel's surface point is one frame later, in pixels, and whether the camera sees it there."""
-    B, T = path["position"].shape[:2]
-    s = torch.arange(size, device=depth.device) + 0.5
-    uv = torch.stack(torch.meshgrid(s, s, indexing="xy"), -1).view(-1, 2)                           # (P, 2)
-    rays = _rays(uv.expand(B, -1, -1), scene["camera"])
-    clip, time, pixel = (ident[:, :-1] > 0).nonzero().unbind(1)                      # the rest stays where it is
-    k = ident[clip, time, pixel].long() - 1
+    ident, P = ident.view(B, T, -1), size * size
+    depth = torch.minimum(depth.view(B, T, P), _background(scene, size, 1)[0][:, None])
+    normal = torch.zeros(B, 3, T, P, device=depth.device)
+    # where a pixel's surface point is one frame later, and whether the camera sees it there; the rest stands still
+    flow, visible = torch.zeros(B, T - 1, 2, P, device=depth.device), ident[:, 1:] == 0
     x, R = path["position"], quat_to_matrix(path["rotation"])
-    point = scene["eye"][clip] + depth[clip, time, pixel, None] * rays[clip, pixel]                 # (S, 3)
-    local = rotate(R[clip, time, k].mT, point - x[clip, time, k])
-    later = rotate(R[clip, time + 1, k], local) + x[clip, time + 1, k]
-    to, z = (t[:, 0] for t in project(later[:, None], {key: v[clip] for key, v in scene["camera"].items()}))
-    flow = torch.zeros(B, T - 1, size * size, 2, device=depth.device)
-    flow[clip, time, pixel] = to - uv[pixel]
-    cell = to.floor().long()
-    inside = ((cell >= 0) & (cell < size)).all(-1)
-    index = (cell[:, 1] * size + cell[:, 0]).clamp(0, size * size - 1)
-    # seen if the pixel there shows the same thing, and not its other side
-    visible = ident[:, 1:] == 0
-    visible[clip, time, pixel] = inside & (ident[clip, time + 1, index] == k + 1) \
-        & (z < depth[clip, time + 1, index] + 0.05)
-    return dict(flow=flow.view(B, T - 1, size, size, 2).permute(0, 1, 4, 2, 3).contiguous(),
-                visible=visible.view(B, T - 1, size, size))
+    for k, flat, _, n, point in hits:
+        front = (ident.view(-1).take(flat) == k).nonzero()[:, 0]
+        flat, n, point = (take(t, front) for t in (flat, n, point))
+        clip, time, pixel = flat // (T * P), flat // P % T, flat % P
+        normal[clip, :, time, pixel] = n
+        moves = (time < T - 1).nonzero()[:, 0]
+        clip, time, pixel, point = (take(t, moves) for t in (clip, time, pixel, point))
+        later = rotate(R[clip, time + 1, k - 1], point) + x[clip, time + 1, k - 1]
+        to, z = (t[:, 0] for t in project(later[:, None], clips(scene["camera"], clip)))
+        flow[clip, time, :, pixel] = to - torch.stack([pixel % size, pixel // size], 1) - 0.5
+        cell = to.floor().long()
+        index = (cell[:, 1] * size + cell[:, 0]).clamp(0, P - 1)
+        # seen if the pixel there shows the same thing, and not its other side
+        visible[clip, time, pixel] = ((cell >= 0) & (cell < size)).all(-1) & (ident[clip, time + 1, index] == k) \
+            & (z < depth[clip, time + 1, index] + 0.05)
+    truth = dict(mask=ident, depth=depth, normal=normal, flow=flow, visible=visible)
+    return out | {key: v.unflatten(-1, (size, size)) for key, v in truth.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1178,7 +1191,7 @@ def make_scene(scenario, batch_size, seed, split="train", size=64, device="cpu",
     draw = Draws(split, seed, torch.arange(start, start + batch_size, device=device) * 2 + unseen)
     earth = dict(gravity=torch.tensor([0.0, 0.0, -EARTH], device=device).repeat(batch_size, 1))
     scene, plain = SCENARIOS[scenario](draw, unseen), scenario in PLAIN
-    return earth | dict(skin=skins(draw, scene["shape"].shape[1], plain)) | scene | look(draw, size, plain), draw
+    return earth | scene | skins(draw, scene["shape"].shape[1], plain) | look(draw, size, plain), draw
 
 
 @torch.no_grad()

@@ -294,9 +294,8 @@ def test_shapes_are_what_they_say():
     turned = simdata.render(scene, path | dict(rotation=simdata.quat_mul(path["rotation"], half)), 128)
     change = (turned["video"] - film["video"]).abs().mean(1)[:, 0]                                  # (B, H, W)
     assert all(change[film["mask"][:, 0] == k + 1].mean() > 0.02 for k in (0, 2, 3))
-    s = torch.arange(128) + 0.5
-    uv = torch.stack(torch.meshgrid(s, s, indexing="xy"), -1).view(1, -1, 2).expand(8, -1, -1)
-    world = scene["eye"][:, None] + film["depth"].view(8, -1, 1) * simdata._rays(uv, scene["camera"])
+    s = (torch.arange(128) + 0.5).expand(8, -1)
+    world = scene["eye"][:, None] + film["depth"].view(8, -1, 1) * simdata._rays(scene["camera"], s, s)
     for k, h in enumerate(sizes):
         local = (world - scene["position"][:, k, None]) @ simdata.quat_to_matrix(turn[:, k])
         here = film["mask"].view(8, -1) == k + 1
@@ -437,9 +436,8 @@ def test_shadows_lie_where_a_body_hides_the_sun():
     scene, _ = simdata.make_scene("drop", 8, 5)
     scene |= dict(shape=0 * scene["shape"], half_extents=scene["half_extents"][..., :1].expand(-1, -1, 3))
     path = {k: scene[k][:, None] for k in ("position", "rotation")}
-    s = torch.arange(64) + 0.5
-    uv = torch.stack(torch.meshgrid(s, s, indexing="xy"), -1).view(1, -1, 2).expand(8, -1, -1)
-    d, eye = simdata._rays(uv, scene["camera"]), scene["eye"][:, None]
+    s = (torch.arange(64) + 0.5).expand(8, -1)
+    d, eye = simdata._rays(scene["camera"], s, s), scene["eye"][:, None]
     o = (eye - d * eye[..., 2:] / d[..., 2:])[:, :, None] - scene["position"][:, None]              # (B, P, N, 3)
     near = o.square().sum(-1) - (o * scene["light"][:, None, None]).sum(-1).square() \
         < scene["half_extents"][:, None, :, 0].square()
@@ -502,8 +500,8 @@ def test_scenarios(name):
         assert step[scene["dynamic"]].norm(dim=-1).mean() > 0.01 and step[~scene["dynamic"]].abs().sum() == 0
         assert simdata.dot(step, scene["normal"]).abs().max() < 1e-6
     batch = simdata.make_batch(name, 4, 5, frames=1)                                # the floor hides what is under it
-    s = (torch.arange(64) + 0.5).expand(64, 64)
-    d = simdata._rays(torch.stack([s, s.T], -1).view(1, -1, 2).expand(4, -1, -1), batch["camera"])
+    s = (torch.arange(64) + 0.5).expand(4, -1)
+    d = simdata._rays(batch["camera"], s, s)
     M = batch["camera"]["world_to_camera"]
     z = batch["depth"].view(4, -1) * d[..., 2] - (M[:, :3, 2] * M[:, :3, 3]).sum(1)[:, None]        # of the point seen
     assert (z[batch["mask"].view(4, -1) > 0].abs() < 1e-4).float().mean() < 0.1      # there one sees the floor itself
