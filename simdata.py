@@ -334,6 +334,7 @@ def roll(draw, unseen):
     size = between(draw, "size", (0.13, 0.16), (0.105, 0.12), (0.17, 0.185), unseen, N)
     block, center, turn, foot, up, normal = ramp(draw, angle)
     half, rotation, height = lying(shape, size, draw, "aspect")
+    half[..., 2] = half[..., 2].clamp_max(0.2)     # no capsule is longer than its lane is wide
     along = torch.stack([0 * angle, draw.uniform("front", 0.2, 0.4), draw.uniform("back", 0.5, 0.7)], -1)
     across = torch.tensor([[0.0, 0.0, 0.0], [0.0, -0.21, 0.0], [0.0, 0.21, 0.0]], device=angle.device)
     position = foot[:, None] + along[..., None] * up[:, None] + across + height[..., None] * normal[:, None]
@@ -1183,7 +1184,9 @@ def render(scene, path, size=64, antialias=2, truth=True):
 # ----------------------------------------------------------------------------------------------------------------------
 
 def make_scene(scenario, batch_size, seed, split="train", size=64, device="cpu", start=0, unseen=False):
-    """Draw clips start .. start + batch_size - 1 of a split, not simulated yet. -> scene dict, Draws."""
+    """Draw clips start .. start + batch_size - 1 of a split, not simulated yet. -> scene dict, Draws.
+
+    Raises ValueError for an unknown scenario or split, and for bodies that start inside each other or the floor."""
     if scenario not in SCENARIOS:
         raise ValueError(f"unknown scenario {scenario!r}; there are: {', '.join(SCENARIOS)}")
     if split not in SPLITS:
@@ -1191,7 +1194,15 @@ def make_scene(scenario, batch_size, seed, split="train", size=64, device="cpu",
     draw = Draws(split, seed, torch.arange(start, start + batch_size, device=device) * 2 + unseen)
     earth = dict(gravity=torch.tensor([0.0, 0.0, -EARTH], device=device).repeat(batch_size, 1))
     scene, plain = SCENARIOS[scenario](draw, unseen), scenario in PLAIN
-    return earth | scene | skins(draw, scene["shape"].shape[1], plain) | look(draw, size, plain), draw
+    N, size_of = scene["shape"].shape[1], scene["half_extents"].flatten(0, 1).amin(-1)
+    x, R = scene["position"].flatten(0, 1), quat_to_matrix(scene["rotation"].flatten(0, 1))
+    _, a, b, _, _, gap = Contacts(scene).detect(x, R)
+    inside = gap < -0.01 * size_of[a]
+    if inside.any():
+        a, b, gap = (t[inside][0].item() for t in (a, b, gap))
+        raise ValueError(f"{scenario}, clip {start + a // N}: body {a % N} starts {-1e3 * gap:.0f} mm inside "
+                         + ("the floor" if b == len(x) else f"body {b % N}") + "; the scenario must keep them apart")
+    return earth | scene | skins(draw, N, plain) | look(draw, size, plain), draw
 
 
 @torch.no_grad()

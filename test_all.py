@@ -454,6 +454,29 @@ def test_shadows_lie_where_a_body_hides_the_sun():
             or light[b][dark].mean() < light[b][floor[b] & (lit[b] == 1)].mean() - 0.2
 
 
+def test_patterns_show_how_bodies_turn_and_keep_their_hue():
+    scene, draw = simdata.make_scene("roll", 64, 0)
+    assert set(scene["pattern"].flatten().tolist()) == {0, 1, 2, 3}
+    assert set(scene["floor"]["kind"].tolist()) == set(scene["floor"]["wall_kind"].tolist()) == {0, 1, 2}
+    plain, _ = simdata.make_scene("drop", 64, 0)                                     # as the shipped weights know it
+    assert not (plain["pattern"].any() or plain["floor"]["kind"].any() or plain["floor"]["wall_kind"].any())
+    scene |= dict(shape=0 * scene["shape"], half_extents=torch.full((64, 3, 3), 0.2), alive=torch.ones(64, 3) > 0,
+                  position=torch.tensor([[-0.6, 0, 0.5], [0, 0, 0.8], [0.6, 0, 0.5]]).expand(64, 3, 3))
+    still = {k: scene[k][:, None] for k in ("position", "rotation")}
+    turned = still | dict(rotation=simdata.quat_mul(simdata.random_quat(torch.rand(3)).expand(64, 1, 3, 4),
+                                                    still["rotation"]))
+    films = [simdata.render(scene, path, 64, 1) for path in (still, turned)]
+    same = films[0]["mask"] == films[1]["mask"]
+    assert same.float().mean() > 0.9999
+    rgb = [film["video"][:, :, 0] / 2 + 0.5 for film in films]
+    for b in range(64):
+        for k in range(3):
+            on = same[b, 0] & (films[0]["mask"][b, 0] == k + 1)
+            assert (rgb[0][b] - rgb[1][b])[:, on].abs().mean() > 0.01
+            pixels = rgb[0][b][:, on]                                                # brighter or darker, but one hue
+            assert (pixels / pixels.amax(0)).std(1).max() < 1e-3 and pixels.amax(0).std() > 0.02
+
+
 def test_a_new_scenario_is_one_function():
     """The README's example, as it stands there."""
     code = re.search(r"## Fork it.*?```python\n(.*?)```", open(f"{HERE}/README.md").read(), re.S)[1]
@@ -535,10 +558,23 @@ def test_towers_of_the_world_do_what_statics_says():
     assert (path["position"][:, -1] - path["position"][:, 0]).norm(dim=-1)[scene["alive"]].max() < 0.03
 
 
-def test_world_refuses():
+def test_256_clips_take_less_than_4_gb():
+    code = ("import resource, simdata; simdata.make_batch('drop', 256, 0);"
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
+    peak = int(subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, check=True).stdout)
+    assert peak * (1 if sys.platform == "darwin" else 1024) < 4e9
+
+
+def test_world_refuses(monkeypatch):
     for bad in (dict(scenario="fly"), dict(split="dev"), dict(batch_size=0), dict(frames=0)):
         with pytest.raises(ValueError):
             simdata.make_batch(**dict(scenario="drop", batch_size=1, seed=0) | bad)
+    near, low = torch.tensor([0.2, 1, 1]), torch.tensor([1, 1, 0.5])
+    for scale, where in ((near, r"body \d"), (low, "the floor")):
+        row = lambda draw, unseen: (scene := simdata.dominoes(draw, unseen)) | dict(position=scene["position"] * scale)
+        monkeypatch.setitem(simdata.SCENARIOS, "sunk", row)
+        with pytest.raises(ValueError, match=rf"sunk, clip 7: body \d starts \d+ mm inside {where}"):
+            simdata.make_scene("sunk", 4, 0, start=7)
     for key, value in (("mass", -1.0), ("position", math.nan)):
         scene = one_body(0, [0.5])
         scene[key] = scene[key] * value
