@@ -7,6 +7,7 @@ the same thing.
     python bench.py --only=memory         # of training the published sizes, counted without owning that much
     python bench.py --only=peers          # the world beside PyBullet with TinyRenderer, and MuJoCo
     python bench.py --only=pybullet       # the simulator's outcomes beside PyBullet's, no times; five minutes
+    python bench.py --only=compiled       # whether torch.compile pays in the world
 
 The peers are diffusers' classes with the same random weights; without diffusers only our times are shown, and without
 PyBullet and MuJoCo (pip install pybullet mujoco) nothing is compared with them.
@@ -40,7 +41,7 @@ import vae as V
 
 @dataclass
 class Config:
-    only: str = "all"               # all, world, peers, pybullet, vae, dit, sample or memory
+    only: str = "all"               # all, world, peers, pybullet, compiled, vae, dit, sample or memory
     repeat: int = 5                 # timed repetitions, after one warm-up
     batch: int = 32                 # clips
     data: str = "data"              # folder with the shipped weights
@@ -288,6 +289,30 @@ def peers(cfg, device):
             print(f"    {name}: {rate:.0f} clips/s; ours {here['rate'] / rate:.2f}x as fast; {check}")
 
 
+def compiled(cfg, device):
+    """The world's long formulas by torch.compile beside eager, one thread: whether it pays, and what differs."""
+    long = [(simdata.Contacts, name) for name in ("nearest", "distance", "overlap", "features")] \
+        + [(simdata, name) for name in ("_slabs", "_tube", "_ball", "_capsule", "_normal", "_pattern", "_may_shade",
+                                        "_compose")]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with mock.patch.dict(simdata.SCENARIOS, mixed=mixed), contextlib.ExitStack() as stack:
+        scene, _ = simdata.make_scene("mixed", 4096, 0, device=device)
+        path = simdata.simulate(scene, 17, 16)
+        some, reel = simdata.clips(scene, slice(32)), simdata.clips(path, slice(32))
+        jobs = (("simulate 4,096 scenes x 17 frames", 4096, lambda: simdata.simulate(scene, 17, 16)["position"]),
+                ("film 32 of them", 32, lambda: simdata.render(some, reel, 64, 1)["video"]))
+        eager = [median(job, cfg.repeat, device) for _, _, job in jobs]
+        for owner, name in long:
+            stack.enter_context(mock.patch.object(owner, name, torch.compile(getattr(owner, name), dynamic=True)))
+        for (name, n, job), (t, old) in zip(jobs, eager):
+            u, new = median(job, cfg.repeat, device)
+            off = (new - old).abs()
+            print(f"{name}: eager {n / t:.0f}, compiled {n / u:.0f} clips/s, {t / u:.2f}x; of all numbers "
+                  f"{100 * (off > 1e-3).float().mean():.4f} % differ by more than 0.001")
+    torch.set_num_threads(threads)
+
+
 def vae(cfg, device):
     config = V.CONFIGS["wan2.2"] | dict(dim=16, decoder_dim=16)
     ours = V.VideoVAE(config).to(device).eval()
@@ -455,8 +480,8 @@ def memory(cfg, device):
 def main():
     cfg = common.parse_config(Config, sys.argv[1:])
     common.check_range(cfg, repeat=(1, 1000), batch=(1, 4096))
-    parts = {"world": world, "peers": peers, "pybullet": pybullet, "vae": vae, "dit": dit, "sample": sampling,
-             "memory": memory}
+    parts = {"world": world, "peers": peers, "pybullet": pybullet, "compiled": compiled, "vae": vae, "dit": dit,
+             "sample": sampling, "memory": memory}
     if cfg.only not in ("all", *parts):
         raise common.InputError(f"--only={cfg.only}: expected all, {', '.join(parts)}")
     device, _, _ = common.setup(cfg.device)
