@@ -11,7 +11,8 @@ dependencies, exact ground truth. Every clip follows from its first frame and it
 Physics: 240 Hz substeps. Each is an exact ballistic step, then contacts are resolved by projected Jacobi on impulses
 (accumulated and clamped as in Catto's sequential impulses; a body's mass is split over its contacts, so that the
 plain iteration converges, and momentum is conserved to rounding), accelerated as Nesterov's gradient method is,
-so that steel stands on wood, which is twelve times lighter. Then what is left of the penetration is projected out.
+so that steel stands on wood, which is twelve times lighter. Then what is left of the penetration is projected out, by
+the same solver, as if all bodies were equally heavy. A contact that was pressed counts until it is 1 cm apart.
 Restitution uses the approach speed at the surface, sqrt(v^2 - 2 g d), not the one at the end of the substep: without
 that, a bounce would depend on where in the substep it fell. Forces of resting and sliding act all through a substep, so
 they move bodies by h dv / 2 as well: ramps come out exact to 1e-4 and towers stand. The contacts of a whole batch are
@@ -35,6 +36,7 @@ TILE = 0.25                                        # m: the floor's tiles fix th
 RATE = 240                                         # Hz, substeps (rounded up to a multiple of the frame rate)
 BURIED = 0.02                                      # m; what sinks in for a frame is still drawn, a ramp's root is not
 SLOP = 2e-4                                        # m; closer than this is touching, so that rest is not a hopping
+HOLD = 0.01                                        # m; what was pressed counts until it is so far apart, see detect()
 #             density kg/m^3, restitution, friction, hues in degrees: what behaves differently looks different
 MATERIALS = {"rubber": (1100.0, 0.75, 0.9, (325, 385)),
              "wood":   (650.0, 0.35, 0.5, (45, 95)),
@@ -512,7 +514,7 @@ class Contacts:
         self.world = B * N
         self.shape, self.h = shape, h = flat(scene["shape"]), flat(scene["half_extents"])
         self.tubes = (shape == CYLINDER).any().item()                                # else much is simpler
-        self.bound = _bound(shape, h) + SLOP
+        self.bound = _bound(shape, h) + HOLD
         smooth = (shape == SPHERE) | (shape == CAPSULE)
         self.radius = torch.where(smooth, h[:, 0], 0.0)                                             # (M,)
         self.core = h - self.radius[:, None]                                                        # (M, 3)
@@ -572,32 +574,35 @@ class Contacts:
     def overlap(self, center, turn, a, b):
         """How deep bodies a (P,) reach into bodies b along b's axes, (P, 3), unrolled; below 0 along one: not at all.
 
-        center (P, 3): of a, in b's frame; turn (P, 3, 3): a's frame to b's. Also the outward normals (P, 3) of the
-        faces by which they part soonest. That is not the face to which a point is nearest: a domino's corner that sinks
-        into the next one, which is as wide, is nearest to its side."""
+        center (P, 3): of a, in b's frame; turn (P, 3, 3): a's frame to b's."""
         flat = self.unroll(center, b)
         reach = rotate(turn.abs(), take(self.h, a))
         if self.tubes:
             spoke = center[:, :2] / center[:, :2].norm(dim=-1, keepdim=True).clamp_min(1e-9)
             radial = dot((spoke[..., None] * turn[:, :2]).sum(1).abs(), take(self.h, a))
             reach[:, 0] = torch.where(take(self.shape, b) == CYLINDER, radial, reach[:, 0])
-        depth = take(self.core, b) + take(self.radius, b)[:, None] + reach - flat.abs()
-        return depth, F.one_hot(depth.argmin(-1), 3) * torch.where(flat < 0, -1.0, 1.0)
+        return take(self.core, b) + take(self.radius, b)[:, None] + reach - flat.abs()
 
-    def distance(self, p, k, soft, face):
+    def distance(self, p, k, soft, u):
         """Signed distance of points p (F, 3), in the frames of bodies k (F,), edges rounded by soft (F,).
 
-        face (F, 3): where points inside get out. -> gap (F,) and outward normal (F, 3)."""
-        flat, core = self.unroll(p, k), take(self.core, k) - soft[:, None]
-        out = (flat.abs() - core).clamp_min(0)
-        length = out.norm(dim=-1)
-        n = torch.where(flat < 0, -out, out) / length.clamp_min(1e-9)[:, None]
-        n = torch.where(length[:, None] > 0, n, face)
-        depth = dot(flat * face - core, face.abs())
+        u (F, 3): how p moves there, m/s. A point inside leaves by the face that it came through last, which is not the
+        nearest: a domino's corner that sinks into the next one, which is as wide, is nearest to its side.
+        -> gap (F,) and outward normal (F, 3)."""
+        flat, tube = self.unroll(p, k), take(self.shape, k) == CYLINDER
+        spoke = p[:, :2] / p[:, :2].norm(dim=-1, keepdim=True).clamp_min(1e-9)       # of cylinders
         if self.tubes:
-            spoke = p[:, :2] / p[:, :2].norm(dim=-1, keepdim=True).clamp_min(1e-9)
-            n = torch.where((take(self.shape, k) == CYLINDER)[:, None], torch.cat([n[:, :1] * spoke, n[:, 2:]], 1), n)
-        return torch.where(length > 0, length, depth) - take(self.radius, k) - soft, n
+            u = torch.where(tube[:, None], torch.stack([dot(u[:, :2], spoke), 0 * u[:, 0], u[:, 2]], 1), u)
+        side = torch.where(flat < 0, -1.0, 1.0)
+        q = flat.abs() - take(self.core, k) + soft[:, None]
+        out = q.clamp_min(0)
+        length = out.norm(dim=-1)
+        came = (-q / ((-u * side).clamp_min(0) + 1e-3)).argmin(-1)                   # s ago, at the latest
+        n = torch.where(length[:, None] > 0, out / length.clamp_min(1e-9)[:, None], F.one_hot(came, 3).to(p)) * side
+        gap = torch.where(length > 0, length, q.gather(1, came[:, None])[:, 0])
+        if self.tubes:
+            n = torch.where(tube[:, None], torch.cat([n[:, :1] * spoke, n[:, 2:]], 1), n)
+        return gap - take(self.radius, k) - soft, n
 
     def nearest(self, p, d, k, soft):
         """Where on the segments p to p + d (F, 3), in the frames of bodies k, is the point nearest to the core?
@@ -633,19 +638,24 @@ class Contacts:
         s = (low * f_high - high * f_low) / torch.where(inside, f_high - f_low, 1.0)
         return torch.where(inside, s, 0.5), inside
 
-    def detect(self, x, R):
-        """Positions (M, 3), matrices (M, 3, 3) -> of contacts: slot, a, b (C,), point, normal b to a (C, 3), gap.
+    def detect(self, x, R, v, w, pressed):
+        """Positions (M, 3), matrices (M, 3, 3) and velocities of bodies, impulses of the step before (slots, 3) ->
+        of contacts: slot, a, b (C,), point, normal b to a (C, 3), gap. Those with the floor come first.
 
-        Those with the floor come first. What cannot touch is left out as early as that is cheap."""
+        What was pressed a step ago still counts if it is a little apart: a light body between the floor and a heavy one
+        would else be pushed to and fro between them, and the heavy one would never feel the floor."""
+        touches = lambda gap, slot: gap < SLOP + (HOLD - SLOP) * take(pressed, slot).any(1)
+        # what cannot touch is left out as early as that is cheap
         f, x_f, R_f = self.on_floor, take(x, self.on_floor), take(R, self.on_floor)
-        low = (x_f[:, 2] < dot(R_f[:, 2].abs(), take(self.h, f)) + SLOP).nonzero()[:, 0]
+        low = (x_f[:, 2] < dot(R_f[:, 2].abs(), take(self.h, f)) + HOLD).nonzero()[:, 0]
         f, x_f, R_f = (take(t, low) for t in (f, x_f, R_f))                                         # (F,) bodies
         p = x_f[:, None] + rotate(R_f[:, None], self.features(f, -R_f[:, 2]))                       # (F, 8, 3)
         gap = (p[..., 2] - take(self.radius, f)[:, None]).flatten()
-        hit = ((gap < SLOP) & take(self.used, f).flatten()).nonzero()[:, 0]                         # 8 f + k
-        f, gap, p = take(f, hit // 8), take(gap, hit), take(p.flatten(0, 1), hit)
+        slot = (f[:, None] * 8 + torch.arange(8, device=x.device)).flatten()
+        hit = (touches(gap, slot) & take(self.used, f).flatten()).nonzero()[:, 0]                   # row * 8 + k
+        f, gap, p, slot = take(f, hit // 8), take(gap, hit), take(p.flatten(0, 1), hit), take(slot, hit)
         up = torch.tensor([0.0, 0.0, 1.0], device=x.device).expand(len(f), 3)
-        floor = f * 8 + hit % 8, f, torch.full_like(f, self.world), p - up * take(self.radius, f)[:, None], up, gap
+        floor = slot, f, torch.full_like(f, self.world), p - up * take(self.radius, f)[:, None], up, gap
 
         apart = take(x, self.a) - take(x, self.b)
         d = (dot(apart, apart) < self.near).nonzero()[:, 0]
@@ -654,12 +664,11 @@ class Contacts:
         a, b = take(self.a, d), take(self.b, d)
         to_b = take(R, b).mT
         turn, center = matmul(to_b, take(R, a)), rotate(to_b, take(apart, d))        # a's frame and centre in b's frame
-        depth, face = self.overlap(center, turn, a, b)
-        meet = (depth > -SLOP).all(1).nonzero()[:, 0]
-        a, b, d, turn, center, face = (take(t, meet) for t in (a, b, d, turn, center, face))        # P pairs
+        meet = (self.overlap(center, turn, a, b) > -HOLD).all(1).nonzero()[:, 0]
+        a, b, d, turn, center = (take(t, meet) for t in (a, b, d, turn, center))                    # P pairs
         if not len(d):
             return floor
-        toward = -rotate(turn.mT, self.distance(center, b, 0 * take(self.soft, b), face)[1])
+        toward = -rotate(turn.mT, self.distance(center, b, 0 * take(self.soft, b), 0 * center)[1])
         corners, radius, inset = self.features(a, toward), take(self.radius, a), take(self.inset, a)  # (P, 8, 3)
         # two boxes of one size, stacked, have their corners on each other's rims, where nothing is inside: inset them
         sharp = corners * (1 - inset[:, None] / take(self.h, a))[:, None]
@@ -670,7 +679,7 @@ class Contacts:
         line, k = edge // 12, edge % 12
         start, end = (take(corners, line * 8 + i)
                       for i in take(self.edges, take(take(self.shape, a), line) * 12 + k).unbind(1))  # (E, 3)
-        reach = take(take(self.h, b) + radius[:, None] + SLOP, line)
+        reach = take(take(self.h, b) + radius[:, None] + HOLD, line)
         close = ((start + end).abs() - (end - start).abs() < 2 * reach).all(1).nonzero()[:, 0]
         line, k, start, end = (take(t, close) for t in (line, k, start, end))
         soft = take(torch.where(radius > 0, 0.0, take(self.soft, b)), line)
@@ -679,14 +688,17 @@ class Contacts:
         row, p = torch.cat([point // 8, line]), torch.cat([take(sharp, point), start + s[:, None] * (end - start)])
         k, soft = torch.cat([point % 8, 8 + k]), F.pad(soft, (len(point), 0))
         a, b, d = (take(t, row) for t in (a, b, d))
-        gap, n = self.distance(p, b, soft, take(face, row))
+        R_b, x_b = take(R, b), take(x, b)
+        r = rotate(R_b, p)
+        u = take(v, a) + cross(take(w, a), r + x_b - take(x, a)) - take(v, b) - cross(take(w, b), r)
+        gap, n = self.distance(p, b, soft, rotate(R_b.mT, u))
         reach = take(radius, row) + torch.where(k < 8, take(inset, row), 0.0)        # from the feature to a's surface
-        touch = ((gap - reach < SLOP) & F.pad(inside, (len(point), 0), value=True)).nonzero()[:, 0]
         slot, gap = self.world * 8 + d * 20 + k, gap - reach
+        touch = (touches(gap, slot) & F.pad(inside, (len(point), 0), value=True)).nonzero()[:, 0]
         a, b, slot, p, n, gap, reach = (take(t, touch) for t in (a, b, slot, p, n, gap, reach))
         p = p - n * (reach + gap / 2)[:, None]                                       # and on to half-way between both
-        R_b = take(R, b)
-        pair = slot, a, b, take(x, b) + rotate(R_b, p), rotate(R_b, n), gap
+        R_b = take(R_b, touch)
+        pair = slot, a, b, take(x_b, touch) + rotate(R_b, p), rotate(R_b, n), gap
         return tuple(torch.cat(both) for both in zip(floor, pair))
 
 
@@ -734,7 +746,14 @@ class Impulses:
         # iteration converges (w: inverse masses along the normal and, an upper bound for every direction, across it)
         count = torch.zeros(len(self.rows), device=x.device).index_add_(0, self.body, torch.ones_like(m))[self.body]
         w_n, w_t = m + dot(arm[0], spin[0]), m + I.abs().sum(-1).amax(-1) * dot(r, r)
-        self.step = 1 / self.each(count * torch.stack([w_n, w_t, w_t])).clamp_min(1e-12)            # (3, C)
+        self.load, self.inv_mass = count * torch.stack([w_n, w_t, w_t]), m                          # (3, S), (S,)
+        self.step = 1 / self.each(self.load).clamp_min(1e-12)                                       # (3, C)
+
+    def level(self):
+        """From here on all bodies that move have a mass of 1: so a light one is not crushed by what lies on it."""
+        mass = torch.where(self.inv_mass > 0, 1 / self.inv_mass.clamp_min(1e-12), 0.0)
+        self.W = self.W * mass
+        self.step = 1 / self.each(self.load * mass).clamp_min(1e-12)
 
     def both(self, c):
         """What contacts have, (..., C), for each of their sides, (..., S)."""
@@ -833,7 +852,7 @@ def simulate(scene, frames, fps, gravity=None, rate=RATE):
         R, I = world_inertia(q)
         w = rotate(I, spin)
 
-        slot, a, b, point, n, gap = contacts.detect(x[:-1], R[:-1])
+        slot, a, b, point, n, gap = contacts.detect(x[:-1], R[:-1], v[:-1], w[:-1], warm)
         start = warm[slot]
         warm[last], last = 0, slot
         if len(slot):
@@ -843,8 +862,9 @@ def simulate(scene, frames, fps, gravity=None, rate=RATE):
             approach = -touch.speed(V)[0]
             # speed when the surfaces met: what the fall through the gap added is taken away again
             speed = (approach.square() - 2 * dot(g[a] - g[b], n) * gap).clamp_min(0).sqrt()
-            bounces = approach > 3 * h * EARTH                                       # slower than that is resting
-            target = torch.where(bounces, contacts.e[a] * contacts.e[b] * speed, 0.0)
+            apart = (gap - SLOP).clamp_min(0)      # what is held may come so near and no nearer
+            bounces = (approach > 3 * h * EARTH) & (apart == 0)                      # slower than that is resting
+            target = torch.where(bounces, contacts.e[a] * contacts.e[b] * speed, -apart / h)
             start = rotate(touch.frame.mT, start).T * ~bounces                                      # (3, C)
             # a tower is put up with no impulses to start from: that must be right before it leans
             after, p = touch.solve(V, target, contacts.mu[a] * contacts.mu[b], start, 150 if step < 6 else 20)
@@ -857,6 +877,7 @@ def simulate(scene, frames, fps, gravity=None, rate=RATE):
             for one, other in ((a, b), (b, a)):
                 given = given.index_add(0, one * (N + 1) + torch.where(other == M, N, other % N), p[0])
             # the same solver moves positions: the penetration is the "speed" wanted, friction-free, from zero
+            touch.level()
             push = touch.solve(torch.zeros_like(V), -gap, 0 * gap, torch.zeros_like(p), 10)[0]
             dx, dq = push.view(6, -1).T.split(3, 1)
             x[k], q[k] = x[k] + dx, quat_mul(quat_exp(dq), turned)
@@ -1196,7 +1217,8 @@ def make_scene(scenario, batch_size, seed, split="train", size=64, device="cpu",
     scene, plain = SCENARIOS[scenario](draw, unseen), scenario in PLAIN
     N, size_of = scene["shape"].shape[1], scene["half_extents"].flatten(0, 1).amin(-1)
     x, R = scene["position"].flatten(0, 1), quat_to_matrix(scene["rotation"].flatten(0, 1))
-    _, a, b, _, _, gap = Contacts(scene).detect(x, R)
+    contacts = Contacts(scene)
+    _, a, b, _, _, gap = contacts.detect(x, R, 0 * x, 0 * x, x.new_zeros(contacts.slots, 3))
     inside = gap < -0.01 * size_of[a]
     if inside.any():
         a, b, gap = (t[inside][0].item() for t in (a, b, gap))

@@ -227,14 +227,15 @@ def test_no_scene_gains_energy_and_all_settle_down():
     assert ((total.amax(1) - total[:, 0]) / total[:, 0]).max() < 0.01
     assert (total[200:, -1] < 0.7 * total[200:, 0]).all()
     deep = path["position"][200:, ..., 2] / tall.amin(-1)[:, None]                   # below 1 it is in the floor
-    assert deep[:, -1].min() > 0.99 and deep.min() > 0.6                             # (steel falls on wood, see below)
-    path = {k: v[:200] for k, v in path.items()}
-    low = path["position"][..., 2] - (simdata.quat_to_matrix(path["rotation"])[..., 2, :].abs()
-                                      * drop["half_extents"][:, None]).sum(-1)
-    box = (drop["shape"] == 1) & drop["alive"]
-    low = low.transpose(1, 2)[box]
-    assert low[:, -1].min() > -0.002               # at the end no corner is under the floor; for a frame or so it may
-    assert low.min() > -0.02                       # be, when steel hits the twelve times lighter wood that lies on it
+    assert deep[:, -1].min() > 0.99 and deep.min() > 0.9                             # (steel falls on wood, see below)
+    # at the end no corner is under the floor; for a frame or so it may be by millimetres, when steel hits the twelve
+    # times lighter wood that lies on it
+    rows, _ = simdata.make_scene("dominoes", 100, 11)
+    for scene, path in ((drop, {k: v[:200] for k, v in path.items()}), (rows, simdata.simulate(rows, 25, 16))):
+        low = path["position"][..., 2] - (simdata.quat_to_matrix(path["rotation"])[..., 2, :].abs()
+                                          * scene["half_extents"][:, None]).sum(-1)
+        low = low.transpose(1, 2)[(scene["shape"] == 1) & scene["alive"]]
+        assert low[:, -1].min() > -0.002 and low.min() > -0.006
 
 
 def test_collision_keeps_momentum():
@@ -509,7 +510,8 @@ def test_scenarios(name):
         for caption, n in zip(simdata.captions(scene), alive.sum(1).tolist()):
             assert len(caption.encode()) <= 128 and caption.count(",") == n - 1
         x, R = scene["position"].flatten(0, 1), simdata.quat_to_matrix(scene["rotation"].flatten(0, 1))
-        gap = simdata.Contacts(scene).detect(x, R)[5]
+        contacts = simdata.Contacts(scene)
+        gap = contacts.detect(x, R, 0 * x, 0 * x, x.new_zeros(contacts.slots, 3))[5]
         assert gap.numel() == 0 or gap.min() > -1e-3
         seen = ((uv := simdata.project(scene["position"], scene["camera"])[0]) > 0).all(-1) & (uv < 64).all(-1)
         assert seen[scene["dynamic"]].float().mean() > 0.99 and (scene["falls"] <= alive & scene["dynamic"]).all()
