@@ -44,6 +44,9 @@ def run(main):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:   # all is written: no thread of the process group's that outlives
+        sys.stdout.flush(), sys.stderr.flush()     # Python shall abort what has ended well
+        os._exit(0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
