@@ -129,6 +129,24 @@ def test_free_fall_and_rebound():
         top = rebound.max().item() if len(rebound) else 0.0
         assert top == pytest.approx(restitution**2, rel=0.01, abs=1e-4), restitution
     assert z.min() > -1e-4                         # nothing sinks in
+    for shape, half in ((1, [0.15] * 3), (1, [0.25, 0.1, 0.04]), (2, [0.2, 0.2, 0.06])):         # flat, on many points
+        drops = together([put([shape], [half], [[0, 0, half[2] + 1.0]], e=one) for one in e[1:]])
+        path = simdata.simulate(drops, 288, 240)
+        top = path["position"][:, 115:, 0, 2].amax(1) - half[2]
+        assert top.tolist() == pytest.approx([one**2 for one in e[1:]], rel=0.01)
+
+
+def test_what_rests_sinks_in_nowhere():
+    """After three seconds no contact of two bodies at rest, or of one with the floor, is over 1 % of the size deep."""
+    for name in ("support", "dominoes"):
+        scene, _ = simdata.make_scene(name, 40, 3)
+        path = simdata.simulate(scene, 49, 16)
+        x, q, v, w = (path[k][:, -1].flatten(0, 1) for k in ("position", "rotation", "velocity", "angular_velocity"))
+        contacts = simdata.Contacts(scene)
+        _, a, b, _, _, gap = contacts.detect(x, simdata.quat_to_matrix(q), v, w, x.new_zeros(contacts.slots, 3))
+        still = F.pad((v.norm(dim=-1) < 0.01) & (w.norm(dim=-1) < 0.05), (0, 1), value=True)
+        rest, thin = still[a] & still[b], 2 * scene["half_extents"].flatten(0, 1).amin(-1)
+        assert rest.sum() > 300 and (gap / thin[a])[rest].min() > -0.01
 
 
 def test_sliding_and_rolling():
