@@ -140,7 +140,7 @@ def cross(a, b):
 
 
 def matmul(a, b):
-    """(..., 3, 3) times (..., 3, 3), likewise."""
+    """(..., 3, 3) times (..., 3, 3), as rotate() does it."""
     return torch.stack([rotate(a, column) for column in b.unbind(-1)], -1)
 
 

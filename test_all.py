@@ -482,8 +482,8 @@ def test_patterns_show_how_bodies_turn_and_keep_their_hue():
     scene |= dict(shape=0 * scene["shape"], half_extents=torch.full((64, 3, 3), 0.2), alive=torch.ones(64, 3) > 0,
                   position=torch.tensor([[-0.6, 0, 0.5], [0, 0, 0.8], [0.6, 0, 0.5]]).expand(64, 3, 3))
     still = {k: scene[k][:, None] for k in ("position", "rotation")}
-    turned = still | dict(rotation=simdata.quat_mul(simdata.random_quat(torch.rand(3)).expand(64, 1, 3, 4),
-                                                    still["rotation"]))
+    turn = simdata.quat_exp(torch.tensor([0.6, 0.7, 0.8])).expand(64, 1, 3, 4)
+    turned = still | dict(rotation=simdata.quat_mul(turn, still["rotation"]))
     films = [simdata.render(scene, path, 64, 1) for path in (still, turned)]
     same = films[0]["mask"] == films[1]["mask"]
     assert same.float().mean() > 0.9999
@@ -494,6 +494,38 @@ def test_patterns_show_how_bodies_turn_and_keep_their_hue():
             assert (rgb[0][b] - rgb[1][b])[:, on].abs().mean() > 0.01
             pixels = rgb[0][b][:, on]                                                # brighter or darker, but one hue
             assert (pixels / pixels.amax(0)).std(1).max() < 1e-3 and pixels.amax(0).std() > 0.02
+
+
+def test_floors_and_walls_are_laid_in_metres():
+    """Every floor tells its scale: checkers and tiles are 0.25 m wide, planks 0.25 m and 1 m long; boards 0.5 m."""
+    scene, _ = simdata.make_scene("roll", 64, 0)
+    s = (torch.arange(128) + 0.5).expand(64, -1)
+    scene["camera"]["intrinsics"][:, :2] *= 2                                        # 128 px
+    t, lit, _ = simdata._background(scene, 128, 1)
+    point = scene["eye"][:, None] + t[..., None] * simdata._rays(scene["camera"], s, s)
+    yaw, ground = scene["floor"]["yaw"][:, None], point[..., 1] < scene["floor"]["wall_y"][:, None] - 1e-3
+    u, v = (4 * (point[..., 0] * c + point[..., 1] * d) for c, d in ((yaw.cos(), -yaw.sin()), (yaw.sin(), yaw.cos())))
+    shades = lambda of, b, where: len((of[b, where] * 1e4).round().unique())
+    plain = lit.mean(-1) / (0.7 + 0.15 * point[..., 2].clamp(0, 2))                  # walls are brighter at the top
+    for b in range(64):
+        tile, floor, wall = scene["floor"]["kind"][b], ground[b], ~ground[b]
+        count = shades(lit[..., 0], b, floor)
+        assert count == 2 if tile == 0 else 3 < count <= 61
+        inside = floor & (((torch.stack([u[b], v[b]]) + 0.5) % 1 - 0.5).abs() > 0.01).all(0)        # not on a line
+        rows = u[b].floor().long()
+        for row in rows[inside].unique():
+            strip = inside & (rows == row)
+            length = (v[b, strip].max() - v[b, strip].min()).item()
+            if tile == 1:                          # of planks, this many begin in so long a row
+                assert shades(lit[..., 0], b, strip) <= length / 4 + 2
+            else:
+                for column in v[b, strip].floor().unique():
+                    assert shades(lit[..., 0], b, strip & (v[b].floor() == column)) == 1
+        kind = scene["floor"]["wall_kind"][b]
+        part = (point[b, :, 0] / 0.5).floor() if kind == 1 else (point[b, :, 2] < 0.6).float() * (kind == 2)
+        most = max(((plain[b, wall & (part == p)].max() / plain[b, wall & (part == p)].min()).item()
+                    for p in part[wall].unique()))
+        assert most < 1 + 1e-4 and (kind == 0) == (plain[b, wall].max() / plain[b, wall].min() < 1.01)
 
 
 def test_a_new_scenario_is_one_function():
@@ -520,6 +552,7 @@ def test_a_new_scenario_is_one_function():
 def test_scenarios(name):
     """Everything starts from rest, lies or hangs free, is in view, is told apart by its colour and by the caption."""
     for unseen in (False, True):
+        simdata.make_scene(name, 5000, 0, unseen=unseen)                            # refuses what starts inside another
         scene, draw = simdata.make_scene(name, 100, 5, unseen=unseen)
         alive, hue = scene["alive"], scene["hue"]
         turn = ((hue[:, :, None] - hue[:, None] + 180) % 360 - 180).abs() + 1e3 * torch.eye(hue.shape[1])
