@@ -45,7 +45,7 @@ class Config:
     data: str = "data"              # folder with vae, backbone, dit, head1
     stages: str = "2,3"             # 2 is DPO on the DiT's LoRA, 3 on the physical head (needs lora2 from 2)
     pool: str = "out/pairs"         # folder of preference pairs; made if it lacks shards
-    scenarios: str = "drop"         # names in simdata.SCENARIOS, separated by commas; they take turns
+    scenarios: str = "drop,collide,roll,support,dominoes"  # names in simdata.SCENARIOS; they take turns
     pairs: int = 384                # scenes to draw candidates for; those without a clear winner are dropped
     size: int = 64                  # pixels a side of the clips
     frames: int = 25                # of a clip, 1 + 4k

@@ -40,8 +40,8 @@ class Config:
     name: str = "sft"               # the run's folder under out/
     data: str = "data"              # folder with vae.safetensors and backbone.safetensors
     pool: str = "out/pool"          # folder of cached latents; made if it lacks shards
-    scenarios: str = "drop"         # names in simdata.SCENARIOS, separated by commas; they take turns
-    clips: int = 8192               # simulated clips in the pool, each also mirrored
+    scenarios: str = "drop,collide,roll,support,dominoes"  # names in simdata.SCENARIOS; they take turns
+    clips: int = 7680               # simulated clips in the pool, each also mirrored
     folder: str = ""                # a folder of clips (see simdata.py) to train on instead, mirrored as well
     skip_broken: bool = False       # leave broken clips of the folder out, and say so, instead of stopping
     size: int = 64                  # pixels a side of the clips
@@ -53,7 +53,7 @@ class Config:
     phys: bool = True               # with the PhysEncoder; False trains the plain DiT
     foretell: bool = True           # physical tokens for the frames to come, too (needs readout.safetensors)
     forced: bool = True             # those say the truth in training, where it is known; else what the readout says
-    steps: int = 1200               # optimizer steps
+    steps: int = 1400               # optimizer steps
     batch: int = 32                 # clips a step, over all ranks
     accumulate: int = 1             # micro-batches a step and rank, for less memory
     lr: float = 6e-3                # peak learning rate of Muon: the matrices inside the blocks

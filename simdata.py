@@ -45,13 +45,12 @@ MATERIALS = {"rubber": (1100.0, 0.75, 0.9, (325, 385)),
 # nine hues, at least 39 degrees apart, each within its material's: a scene that takes different ones can be parsed
 SLOTS = (("rubber", 333), ("rubber", 373), ("wood", 53), ("wood", 92), ("clay", 131), ("clay", 170), ("steel", 209),
          ("steel", 248), ("steel", 287))
-# what only unseen scenes combine (drop, on which the shipped weights were trained, does not keep to it)
+# what only unseen scenes combine
 HELD_OUT = {"rubber": CAPSULE, "wood": SPHERE, "clay": CYLINDER, "steel": CAPSULE}
 HUES = ("red", "orange", "yellow", "lime", "green", "mint", "cyan", "azure", "blue", "violet", "magenta", "rose")
 PATTERNS = ("halves", "stripes", "checker", "spots")  # of bodies
 FLOORS = ("checker", "planks", "tiles")            # all of 0.25 m
 WALLS = ("plain", "boards", "panelling")
-PLAIN = {"drop"}                                   # scenarios with the first of each only: what shipped weights know
 SPLITS = {"train": 1, "val": 2, "test": 3}
 EARTH = 9.81                                       # m/s^2; a scenario may give its own gravity, captions then say so
 PLACES = {1.62: "on the Moon", 3.73: "on Mars"}
@@ -197,7 +196,7 @@ def bodies(shape, half_extents, material, position, rotation, alive, hue, tone, 
                 velocity=zeros, angular_velocity=zeros.clone(), alive=alive, normal=normal, falls=falls & alive,
                 dynamic=alive.clone() if dynamic is None else alive & dynamic,
                 mass=density * volume(shape, half_extents), restitution=restitution, friction=friction, hue=hue,
-                color=rgb, pattern=torch.zeros_like(shape))                          # plain, unless skins() says more
+                color=rgb, pattern=torch.zeros_like(shape))                          # halves, unless skins() says more
 
 
 def tones(draw, N):
@@ -214,10 +213,10 @@ def palette(draw, N):
     return material, (hue + draw.uniform("hue", -2, 2, N)) % 360, tones(draw, N)
 
 
-def skins(draw, N, plain):
+def skins(draw, N):
     """Patterns of N bodies, for any scenario: an index into PATTERNS (B, N), and three waves, (B, N, 3, 3) cycles a
     half width along the body's axes and (B, N, 3) phases. They change brightness alone: a body is known by its hue."""
-    kind = (draw("pattern", N) * len(PATTERNS)).long() * (not plain)
+    kind = (draw("pattern", N) * len(PATTERNS)).long()
     lean, cycles = draw.uniform("wavelean", -0.7, 0.7, N), draw.uniform("wavelong", 0.4, 0.8, N, 3, 1)
     zero = torch.zeros_like(lean)
     stripes = torch.stack([lean.cos(), zero, lean.sin()], -1)[..., None, :].expand(-1, -1, 3, -1)   # across the axis
@@ -246,15 +245,15 @@ def between(draw, name, seen, low, high, unseen, *shape):
 def drop(draw, unseen):
     """PISA's proxy task: one to three bodies, dropped from rest at 0.3 to 1.2 m or resting on the floor to be hit.
 
-    unseen: sizes and heights outside the training range, both."""
+    unseen: sizes and heights outside the training range, both, and combinations of shape and material."""
     N, A = 3, 24                                   # bodies, and attempts to place them: the first valid one is taken
     B, device = draw.key.shape[0], draw.key.device
 
     # what meets is hard to learn, what falls alone is easy: one trains on more crowded scenes than one is judged by
     two, three = (0.10, 0.45) if draw.split == "train" else (0.35, 0.75)
     count = 1 + (draw("count", 1) > two).int() + (draw("count", 1) > three)                         # (B, 1)
-    shape = (draw("shape", N) < 0.5).long()
     material = (draw("material", N) * len(MATERIALS)).long()
+    shape = any_of((SPHERE, BOX), draw, "shape", material, unseen)
     hues = torch.tensor([m[3] for m in MATERIALS.values()], dtype=torch.float32, device=device)[material]  # (B, N, 2)
     small = draw("small", N) < 0.5
     size = torch.where(small, draw.uniform("size", 0.13, 0.155, N), draw.uniform("size", 0.245, 0.27, N)) if unseen \
@@ -436,7 +435,7 @@ def dominoes(draw, unseen):
 SCENARIOS = {"drop": drop, "collide": collide, "roll": roll, "support": support, "dominoes": dominoes}
 
 
-def look(draw, size, plain):
+def look(draw, size):
     """Camera, light, floor and wall, drawn for any scenario. -> dict of (B, ...)."""
     device = draw.key.device
     distance, pitch = draw.uniform("dist", 3.4, 4.0), draw.uniform("pitch", 6, 16) * math.pi / 180
@@ -460,8 +459,8 @@ def look(draw, size, plain):
     return dict(camera=dict(intrinsics=intrinsics, world_to_camera=extrinsics), eye=eye, light=light,
                 ambient=draw.uniform("ambient", 0.4, 0.55),
                 floor=dict(tile=torch.full_like(pitch, TILE), yaw=draw("tileyaw") * math.pi / 2, color_a=tile_a,
-                           kind=(draw("floorkin") * len(FLOORS)).long() * (not plain),
-                           wall_kind=(draw("wallkind") * len(WALLS)).long() * (not plain),
+                           kind=(draw("floorkin") * len(FLOORS)).long(),
+                           wall_kind=(draw("wallkind") * len(WALLS)).long(),
                            color_b=tile_a * draw.uniform("contrast", 0.8, 0.9)[:, None],
                            wall_color=draw.uniform("wall", 0.45, 0.9)[:, None] * pale("tint2"),
                            wall_y=draw.uniform("wally", 1.4, 2.2)))
@@ -1214,7 +1213,7 @@ def make_scene(scenario, batch_size, seed, split="train", size=64, device="cpu",
         raise ValueError(f"unknown split {split!r}; there are: {', '.join(SPLITS)}")
     draw = Draws(split, seed, torch.arange(start, start + batch_size, device=device) * 2 + unseen)
     earth = dict(gravity=torch.tensor([0.0, 0.0, -EARTH], device=device).repeat(batch_size, 1))
-    scene, plain = SCENARIOS[scenario](draw, unseen), scenario in PLAIN
+    scene = SCENARIOS[scenario](draw, unseen)
     N, size_of = scene["shape"].shape[1], scene["half_extents"].flatten(0, 1).amin(-1)
     x, R = scene["position"].flatten(0, 1), quat_to_matrix(scene["rotation"].flatten(0, 1))
     contacts = Contacts(scene)
@@ -1224,7 +1223,7 @@ def make_scene(scenario, batch_size, seed, split="train", size=64, device="cpu",
         a, b, gap = (t[inside][0].item() for t in (a, b, gap))
         raise ValueError(f"{scenario}, clip {start + a // N}: body {a % N} starts {-1e3 * gap:.0f} mm inside "
                          + ("the floor" if b == len(x) else f"body {b % N}") + "; the scenario must keep them apart")
-    return earth | scene | skins(draw, N, plain) | look(draw, size, plain), draw
+    return earth | scene | skins(draw, N) | look(draw, size), draw
 
 
 @torch.no_grad()
@@ -1242,7 +1241,7 @@ def make_batch(scenario, batch_size, seed, split="train", frames=25, size=64, fp
       caption list[str].
       photo (B,3,S,S) in [-1,1], frame 0 at a resolution of its own, anti-aliased, if photo = S is given, and its
       photo_mask (B,S,S).
-    unseen: sizes and heights outside the training range. truth=False skips mask, depth, normal, flow, visible.
+    unseen: what the scenario keeps out of training. truth=False skips mask, depth, normal, flow, visible.
     filmed: stop the camera after so many frames; positions and the like still have all.
     jitter_seed: an int simulates the scene moved by half a pixel and 5 degrees instead (see jitter).
     Raises ValueError for an unknown scenario or split and for sizes that make no clip."""

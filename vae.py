@@ -415,8 +415,8 @@ def visibility(vae, latent):
 class Config:
     name: str = "vae"               # the run's folder under out/
     out: str = ""                   # where the weights go; empty: out/<name>/vae.safetensors
-    scenarios: str = "drop"         # names in simdata.SCENARIOS, separated by commas; they take turns
-    clips: int = 2000               # training clips, simulated once and kept in memory (0.4 MB each)
+    scenarios: str = "drop,collide,roll,support,dominoes"  # names in simdata.SCENARIOS; they take turns
+    clips: int = 2560               # training clips, simulated once and kept in memory (0.4 MB each)
     val_clips: int = 64             # held-out clips
     steps: int = 3600               # optimizer steps; the learning rate follows a cosine over them
     max_minutes: float = 0.0        # stop after this long (0: never); --resume=True --steps=N then anneals and finishes
