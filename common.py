@@ -372,7 +372,7 @@ def start_run(cfg, rank, folder):
         make_dir(folder)
         if not cfg.resume:
             for name in os.listdir(folder):
-                if re.fullmatch(r"state\d*\.safetensors", name):
+                if re.fullmatch(r"state\w*\.safetensors", name):
                     os.remove(f"{folder}/{name}")
         with atomic(f"{folder}/config.json") as tmp, open(tmp, "w") as f:
             json.dump(dataclasses.asdict(cfg) | {"git_commit": git_commit(), "argv": sys.argv}, f, indent=1)

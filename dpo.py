@@ -4,6 +4,9 @@ pairs that the simulator judges, so that no human labels are needed.
 
     python dpo.py                                 # pairs, Stage II and Stage III, from the weights in data/
     python dpo.py --stages=2 --beta=500 --sft=0   # the paper's loss alone
+    python dpo.py --stages=2 --beta=0             # a control: the same steps on the winners, without a preference
+    python dpo.py --truth=True --pool=out/pairs_truth          # the simulator's clip as winner; with --beta=0: on truth
+    python dpo.py --rounds=2                      # then the same again with pairs of the policy that came out
     torchrun --nproc_per_node=8 dpo.py --pairs=8192 --steps=1000 --batch=256
     torchrun --nproc_per_node=8 dpo.py --preset=wan5b         # after sft.py --preset=wan5b
 
@@ -15,7 +18,8 @@ a pair. Any pairs in that format can be added: the truth as winner, other models
 Flow-DPO (PhysMaster Eq. 3), v = eps - x0, the same t and eps for winner and loser, constant beta:
     L = -log sigmoid(-beta / 2 * [(e_w - e_w_ref) - (e_l - e_l_ref)]),    e = mean (v - v_theta)^2
 A falling loss alone proves nothing: both errors may grow. So metrics.jsonl has winner and loser error against the
-reference, the margin and the implicit accuracy apart, and the outcome, traj_l2 on held-out scenes, along the way.
+reference, the margin and the implicit accuracy apart, and the outcome, traj_l2 on held-out scenes, along the way; by
+that outcome the best of all checkpoints is kept, which may be the one that a stage began with.
 """
 import json
 import math
@@ -43,18 +47,20 @@ from vae import visibility
 class Config:
     name: str = "dpo"               # the run's folder under out/
     data: str = "data"              # folder with vae, backbone, dit, head1
-    stages: str = "2,3"             # 2 is DPO on the DiT's LoRA, 3 on the physical head (needs lora2 from 2)
+    stages: str = "2,3"             # one after the other, out of: 2, 3, head, both (see STAGES)
+    rounds: int = 1                 # how often: new pairs, all stages
     pool: str = "out/pairs"         # folder of preference pairs; made if it lacks shards
     scenarios: str = "drop,collide,roll,support,dominoes"  # names in simdata.SCENARIOS; they take turns
-    pairs: int = 384                # scenes to draw candidates for; those without a clear winner are dropped
+    pairs: int = 640                # scenes to draw candidates for; those without a clear winner are dropped
     size: int = 64                  # pixels a side of the clips
     frames: int = 25                # of a clip, 1 + 4k
     fps: int = 16                   # of the clips
     text_emb: str = ""              # captions' embeddings for a Wan DiT (data/embed_text.py); empty: made with umT5
     candidates: int = 4             # K, clips per scene
+    truth: bool = False             # the simulator's own clip is one candidate more
     margin: float = 0.3             # least difference of scores, in pixels
     sampler_steps: int = 12         # of the candidates
-    beta: float = 2000.0            # how far the policy may leave the reference
+    beta: float = 2000.0            # how closely the policy stays to the reference; 0 leaves the winner's loss alone
     sft: float = 0.1                # weight of the winner's flow-matching loss; 0 is the paper's loss
     shift: float = 5.0              # of the training times, as in Stage I
     rank: int = 16                  # of the LoRA
@@ -65,8 +71,8 @@ class Config:
     lr_head: float = 3e-5           # peak learning rate of Stage III
     warmup: int = 20                # steps
     log_every: int = 5              # steps
-    eval_every: int = 75            # steps between val scores and checkpoints
-    eval_clips: int = 64            # val clips that are sampled then
+    eval_every: int = 50            # steps between val scores and checkpoints
+    eval_clips: int = 160           # val clips that are sampled then
     checkpointing: bool = False     # compute activations again in the backward pass instead of keeping them
     in_turn: bool = False           # winner and loser one after the other: less memory, a quarter more work
     seed: int = 0                   # of pairs, order, noise
@@ -79,6 +85,9 @@ PRESETS |= {name: dict(data=f"out/{name}", name=f"dpo_{name}", pool=f"out/pairs_
                        sampler_steps=25, checkpointing=True, in_turn=True)
             for name, fps in (("wan5b", 24), ("wan1.3b", 16))}
 SHARD = 64                                         # scenes per shard of pairs
+# What a stage trains. Of the rows in PhysMaster's Table 1, 4 and 5 are --stages=2, 6 is head, 7 both, 8 is 2,3 and 9 is
+# 2,both. A lone 3 begins with data's lora2.
+STAGES = {"2": "LoRA", "3": "head", "head": "head", "both": "LoRA and head"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -142,8 +151,8 @@ def score(video, batch, weights):
 def pair_stamp(cfg, models):
     """What simulated pairs depend on; pairs from elsewhere only need the same VAE."""
     return {"vae": common.fingerprint(models.vae), "policy": common.fingerprint(models.dit, models.encoder),
-            **{k: getattr(cfg, k) for k in ("scenarios", "candidates", "margin", "sampler_steps", "size", "frames",
-                                            "fps")}}
+            **{k: getattr(cfg, k) for k in ("scenarios", "candidates", "truth", "margin", "sampler_steps", "size",
+                                            "frames", "fps")}}
 
 
 def form(cfg, models):
@@ -153,44 +162,47 @@ def form(cfg, models):
 
 
 @torch.no_grad()
-def make_pairs(cfg, models, device, rank, world):
-    """Fill cfg.pool with shards of pairs, every rank its own; a killed run goes on with the next missing shard."""
-    common.make_dir(cfg.pool)
+def make_pairs(cfg, models, pool, scene, device, rank, world):
+    """Fill the folder `pool` with shards of pairs for cfg.pairs scenes, the first of which is number `scene`.
+
+    Every rank makes its own; a killed run goes on with the next missing shard."""
+    common.make_dir(pool)
     names, stamp = cfg.scenarios.split(","), pair_stamp(cfg, models)
     shard = max(1, int(SHARD * 25 * 64**2 / (cfg.frames * cfg.size**2)))             # larger clips: fewer at a time
     missing = [s for s in range(math.ceil(cfg.pairs / shard))[rank::world]
-               if not os.path.exists(f"{cfg.pool}/{s:04d}.safetensors")]
+               if not os.path.exists(f"{pool}/{s:04d}.safetensors")]
     for s in tqdm(missing, desc=f"pairs, shards of {shard} scenes", disable=rank > 0 or not missing):
-        count, start = min(shard, cfg.pairs - s * shard), s * shard
+        count, start = min(shard, cfg.pairs - s * shard), scene + s * shard
         scenario = names[s % len(names)]
         seed = 1                                   # training scenes that neither the backbone nor Stage I has seen
         batch = simdata.make_batch(scenario, count, seed, "train", **form(cfg, models), start=start)
-        scene, _ = simdata.make_scene(scenario, count, seed, "train", cfg.size, start=start)
-        weights = chaos_weights(scene, batch, cfg.frames, cfg.fps, start)
+        begin, _ = simdata.make_scene(scenario, count, seed, "train", cfg.size, start=start)
+        weights = chaos_weights(begin, batch, cfg.frames, cfg.fps, start)
         photo, text = batch["photo"], models.read(batch["caption"])
         latents, scores = [], []
         with common.autocast(device):
             first = models.vae.encode(batch["video"][:, :, :1].to(device))
             grid = [n // 2 for n in first.shape[3:]]
             phys = models.encoder(photo.to(device), grid, (cfg.frames - 1) // 4) if models.encoder else None
-            for k in range(cfg.candidates):
+            for k in range(cfg.candidates + cfg.truth):
                 x0 = sample.generate_latent(models, first, text.to(device), phys,
                                             [("pairs", seed, start + i, k) for i in range(count)], cfg.frames,
-                                            steps=cfg.sampler_steps)
+                                            steps=cfg.sampler_steps) if k < cfg.candidates else \
+                    models.vae.encode(batch["video"].to(device))[:, :, 1:]
                 video = models.vae.decode(torch.cat([first, x0], 2), 0 if cfg.size <= sample.SMALL else 2).cpu()
                 latents.append(x0.cpu()), scores.append(score(video, batch, weights))
         latents, scores = torch.stack(latents), torch.stack(scores)                  # (K, B, ...), (K, B)
         best, worst, every = scores.argmax(0), scores.argmin(0), torch.arange(count)
         clear = (scores[best, every] - scores[worst, every]) >= cfg.margin
         keep = every[clear]
-        with common.atomic(f"{cfg.pool}/{s:04d}.jsonl") as tmp, open(tmp, "w") as f:
+        with common.atomic(f"{pool}/{s:04d}.jsonl") as tmp, open(tmp, "w") as f:
             for i in keep.tolist():
                 f.write(json.dumps({"scenario": scenario, "seed": seed, "index": start + i,
                                     "caption": batch["caption"][i],
                                     "winner_score": round(scores[best[i], i].item(), 4),
                                     "loser_score": round(scores[worst[i], i].item(), 4), "source": "simulator"}) + "\n")
         # the tensors last: their file says that the shard is complete
-        common.save_weights(f"{cfg.pool}/{s:04d}.safetensors", dict(
+        common.save_weights(f"{pool}/{s:04d}.safetensors", dict(
             first=first.cpu()[keep].bfloat16(), winner=latents[best, every][keep].bfloat16(),
             loser=latents[worst, every][keep].bfloat16(), photo=((photo + 1) * 127.5).round().byte()[keep],
             text=M.bytes_to_tokens(batch["caption"], M.LONG)[keep].short()), stamp)
@@ -198,26 +210,26 @@ def make_pairs(cfg, models, device, rank, world):
         dist.barrier()
 
 
-def load_pairs(cfg, models, rank):
-    """All shards of cfg.pool -> dict of tensors, a pair a row. Raises InputError when they do not belong together."""
-    names = sorted(f[:-len(".safetensors")] for f in os.listdir(cfg.pool) if f.endswith(".safetensors"))
+def load_pairs(cfg, models, pool, rank):
+    """All shards in a folder -> dict of tensors, a pair a row. Raises InputError when they do not belong together."""
+    names = sorted(f[:-len(".safetensors")] for f in os.listdir(pool) if f.endswith(".safetensors"))
     stamp, parts, lines = pair_stamp(cfg, models), [], []
     for name in names:
-        tensors, made = common.read_weights(f"{cfg.pool}/{name}.safetensors")
+        tensors, made = common.read_weights(f"{pool}/{name}.safetensors")
         for key in made.keys() & stamp.keys():     # pairs from elsewhere carry only what they know
             if made[key] != stamp[key]:
-                raise common.InputError(f"{cfg.pool}/{name}.safetensors was made with another {key}; delete {cfg.pool} "
+                raise common.InputError(f"{pool}/{name}.safetensors was made with another {key}; delete {pool} "
                                         "or choose another --pool")
-        if not os.path.exists(f"{cfg.pool}/{name}.jsonl"):
-            raise common.InputError(f"{cfg.pool}/{name}.jsonl is missing; it belongs to {name}.safetensors")
-        with open(f"{cfg.pool}/{name}.jsonl") as f:
+        if not os.path.exists(f"{pool}/{name}.jsonl"):
+            raise common.InputError(f"{pool}/{name}.jsonl is missing; it belongs to {name}.safetensors")
+        with open(f"{pool}/{name}.jsonl") as f:
             notes = [json.loads(line) for line in f]
         if len(notes) != len(tensors["winner"]):
-            raise common.InputError(f"{cfg.pool}/{name}: {len(notes)} lines in .jsonl, "
+            raise common.InputError(f"{pool}/{name}: {len(notes)} lines in .jsonl, "
                                     f"{len(tensors['winner'])} pairs in .safetensors")
         parts.append(tensors), lines.extend(notes)
     if not lines:
-        raise common.InputError(f"{cfg.pool} holds no pairs: every margin was under --margin={cfg.margin}; lower it, "
+        raise common.InputError(f"{pool} holds no pairs: every margin was under --margin={cfg.margin}; lower it, "
                                 "or raise --candidates")
     if rank == 0:
         w, l = (torch.tensor([line[k] for line in lines if k in line]) for k in ("winner_score", "loser_score"))
@@ -229,16 +241,19 @@ def load_pairs(cfg, models, rank):
 # ----------------------------------------------------------------------------------------------------------------------
 # one stage: the same loop, only what is trained differs
 
-def train(cfg, stage, models, pairs, folder, stop, device, rank, world):
-    """Stage 2 trains the DiT's LoRA, stage 3 the physical head; everything else is frozen. -> True if stopped."""
+def train(cfg, stage, around, models, pairs, folder, stop, device, rank, world):
+    """Train what STAGES[stage] says in one round; everything else is frozen. -> True if stopped."""
     dit, encoder = models.dit, models.encoder
     head = encoder.head if encoder is not None else None
     for module in (dit, head):
         if module is not None:
             module.requires_grad_(False)
-    if stage == 2:
-        M.add_lora(dit, cfg.rank, cfg.alpha, cfg.seed)
-    else:
+    if "LoRA" in STAGES[stage]:
+        if not M.lora_state(dit):                  # a later stage or round goes on with the one that is there
+            M.add_lora(dit, cfg.rank, cfg.alpha, cfg.seed)
+        for name, p in dit.named_parameters():
+            p.requires_grad_(name.endswith(("lora_A", "lora_B")))
+    if "head" in STAGES[stage]:
         head.requires_grad_(True)
         head.scratch.refinenet4.resConfUnit1.requires_grad_(False)                   # in every DPT, used by none
     latent = torch.cat([pairs["first"][:16], pairs["winner"][:16, :, :1]], 2)
@@ -246,15 +261,18 @@ def train(cfg, stage, models, pairs, folder, stop, device, rank, world):
     trained = {k: p for k, p in raw.named_parameters() if p.requires_grad}
     reference = {k: p.detach().clone() for k, p in trained.items()}                  # no second model, just tensors
     model = DistributedDataParallel(raw) if world > 1 else raw
-    peak = cfg.lr if stage == 2 else cfg.lr_head
-    optimizer = torch.optim.AdamW(trained.values(), lr=peak, betas=(0.9, 0.98), weight_decay=0.0)
-    log, state = f"{folder}/metrics{stage}.jsonl", f"{folder}/state{stage}.safetensors"
-    parts = {"model": trained, "reference": reference}
+    groups = [dict(params=[p for k, p in trained.items() if k.startswith(part)], peak=peak)
+              for part, peak in (("dit.", cfg.lr), ("head.", cfg.lr_head))]
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.98), weight_decay=0.0)
+    name = f"{stage}_{around}" if around > 1 else stage
+    log, state = f"{folder}/metrics{name}.jsonl", f"{folder}/state{name}.safetensors"
+    best = {k: p.clone() for k, p in reference.items()} | {"val_traj_l2": torch.tensor(math.inf)}
+    parts = {"model": trained, "reference": reference, "best": best}
     start = common.load_state(state, parts, optimizer) if cfg.resume else 0
     if rank == 0:
         common.trim_log(log, start)
-        print(f"Stage {'I' * stage}: {sum(p.numel() for p in trained.values()):,} trained parameters, "
-              f"from step {start}")
+        print(f"Stage {stage}, round {around}, {STAGES[stage]}: {sum(p.numel() for p in trained.values()):,} trained "
+              f"parameters, from step {start}")
 
     def outcome():
         """traj_l2 on val scenes, the same scenes and noise each time. This, not the loss, is what the stage is for."""
@@ -274,8 +292,13 @@ def train(cfg, stage, models, pairs, folder, stop, device, rank, world):
         total = common.average(total, device)
         return (total[0] / total[1]).item()
 
+    @torch.no_grad()
     def report(step):
-        value = outcome()
+        value = outcome()                          # the same on all ranks
+        if value < best["val_traj_l2"]:
+            for k, p in trained.items():
+                best[k].copy_(p)
+            best["val_traj_l2"].fill_(value)
         if rank == 0:
             common.log_line(log, {"step": max(step - 1, 0), "val_traj_l2": value})
             bar.write(f"stage {stage}, step {step}: val traj_l2 {value:.4f}")
@@ -285,10 +308,10 @@ def train(cfg, stage, models, pairs, folder, stop, device, rank, world):
     if start == 0:
         report(0)
     for step in bar:
-        lr = peak * min((step + 1) / (cfg.warmup + 1), 0.1 + 0.45 * (1 + math.cos(math.pi * step / cfg.steps)))
+        scale = min((step + 1) / (cfg.warmup + 1), 0.1 + 0.45 * (1 + math.cos(math.pi * step / cfg.steps)))
         for group in optimizer.param_groups:
-            group["lr"] = lr
-        g = common.generator(cfg.seed, "dpo", stage, step)
+            group["lr"] = group["peak"] * scale
+        g = common.generator(cfg.seed, "dpo", name, step)
         index = torch.randint(len(pairs["winner"]), (cfg.batch,), generator=g)
         t, eps = M.sample_t(cfg.batch, g, cfg.shift), torch.randn(cfg.batch, *pairs["winner"].shape[1:], generator=g)
         mine = slice(rank * cfg.batch // world, (rank + 1) * cfg.batch // world)
@@ -325,47 +348,49 @@ def train(cfg, stage, models, pairs, folder, stop, device, rank, world):
                      "ref_w", "ref_l")
             entry = {"step": step} | dict(zip(names, common.average(values, device).tolist()))
             if rank == 0:
-                common.log_line(log, entry | {"grad_norm": norm.item(), "lr": lr,
+                common.log_line(log, entry | {"grad_norm": norm.item(), "lr": optimizer.param_groups[0]["lr"],
                                               "seconds": round(time.time() - began, 1)})
                 bar.set_postfix(loss=f"{entry['loss']:.3f}", accuracy=f"{entry['implicit_accuracy']:.2f}",
                                 winner=f"{entry['winner_vs_reference']:+.1e}",
                                 loser=f"{entry['loser_vs_reference']:+.1e}")
         ending = stop.agreed(device)
+        if done % cfg.eval_every == 0 or done == cfg.steps:
+            report(done)
         if (done % cfg.eval_every == 0 or done == cfg.steps or ending) and rank == 0:
             common.save_state(state, done, parts, optimizer)
         if ending and done < cfg.steps:
             return True
-        if done % cfg.eval_every == 0 or done == cfg.steps:
-            report(done)
+    with torch.no_grad():
+        for k, p in trained.items():
+            p.copy_(best[k])
     if rank == 0:
-        if stage == 2:
+        if "LoRA" in STAGES[stage]:
             common.save_weights(f"{folder}/lora2.safetensors", M.lora_state(dit),
                                 {"rank": cfg.rank, "alpha": cfg.alpha}, torch.bfloat16)
-        else:
+        if "head" in STAGES[stage]:
             common.save_weights(f"{folder}/head3.safetensors", head, encoder.config, torch.bfloat16)
-        print(f"wrote {folder}/{'lora2' if stage == 2 else 'head3'}.safetensors")
+        print(f"wrote the {STAGES[stage]} of val traj_l2 {best['val_traj_l2']:.4f} to {folder}")
     return stop.agreed(device)
 
 
 def main():
     cfg = common.parse_config(Config, sys.argv[1:], PRESETS)
-    common.check_range(cfg, pairs=(1, 10**8), candidates=(2, 256), margin=(0, 1e3), beta=(1e-6, 1e7), sft=(0, 1e3),
-                       rank=(1, 1024), alpha=(1, 4096), steps=(1, 10**7), batch=(1, 10**6), eval_clips=(1, 10**5),
-                       log_every=(1, 10**7), eval_every=(1, 10**7), sampler_steps=(1, 1000), lr=(0, 1),
-                       lr_head=(0, 1), warmup=(0, 10**7), shift=(0.01, 100), size=(16, 1024), frames=(5, 1001),
-                       fps=(1, 240))
+    common.check_range(cfg, rounds=(1, 10**4), pairs=(1, 10**8), candidates=(2, 256), margin=(0, 1e3), beta=(0, 1e7),
+                       sft=(0, 1e3), rank=(1, 1024), alpha=(1, 4096), steps=(1, 10**7), batch=(1, 10**6),
+                       eval_clips=(1, 10**5), log_every=(1, 10**7), eval_every=(1, 10**7), sampler_steps=(1, 1000),
+                       lr=(0, 1), lr_head=(0, 1), warmup=(0, 10**7), shift=(0.01, 100), size=(16, 1024),
+                       frames=(5, 1001), fps=(1, 240))
     common.check_frames(cfg)
     common.check_names("scenarios", cfg.scenarios, simdata.SCENARIOS)
-    if cfg.stages not in ("2", "3", "2,3"):
-        raise common.InputError(f"--stages={cfg.stages}: expected 2, 3 or 2,3")
+    stages = common.check_names("stages", cfg.stages, STAGES)
     device, rank, world = common.setup(cfg.device)
     if cfg.batch % world:
         raise common.InputError(f"--batch={cfg.batch} must be a multiple of the {world} ranks")
     models = sample.load_models(cfg.data, 1, device=device)                          # Stage I makes the pairs
     common.check_sides(cfg, ("size",), 2 * models.vae.stride)
-    if "3" in cfg.stages and models.encoder is None:
-        raise common.InputError("Stage III trains the physical head, but this DiT was trained without one; "
-                                "use --stages=2")
+    if stages != ["2"] and models.encoder is None:
+        raise common.InputError(f"--stages={cfg.stages} trains the physical head, but this DiT was trained without "
+                                "one; expected --stages=2")
     models.dit.checkpointing = cfg.checkpointing
     folder = common.start_run(cfg, rank, f"out/{cfg.name}")
 
@@ -378,17 +403,22 @@ def main():
     understand([c for name in cfg.scenarios.split(",") for n, *where in ((cfg.pairs, 1, "train"),
                                                                          (cfg.eval_clips, 0, "val"))
                 for c in simdata.captions(simdata.make_scene(name, n, *where)[0])])
-    make_pairs(cfg, models, device, rank, world)
-    pairs = load_pairs(cfg, models, rank)
-    understand(M.tokens_to_strings(pairs["text"]))                                   # pairs may come from elsewhere
-    stop = common.Stop()
-    for stage in map(int, cfg.stages.split(",")):
-        if stage == 3 and cfg.stages == "3":       # Stage III alone: Stage II's LoRA is on, in policy and reference
+    stop, stopped = common.Stop(), False
+    for around in range(1, cfg.rounds + 1):
+        pool = cfg.pool if around == 1 else f"{cfg.pool}_{around}"                   # other scenes, the policy of now
+        make_pairs(cfg, models, pool, (around - 1) * cfg.pairs, device, rank, world)
+        pairs = load_pairs(cfg, models, pool, rank)
+        understand(M.tokens_to_strings(pairs["text"]))                               # pairs may come from elsewhere
+        if around == 1 and stages[0] == "3":       # Stage III alone: Stage II's LoRA is on, in policy and reference
             models, text = sample.load_models(cfg.data, 2, device=device), models.text
             models.dit.checkpointing, models.text = cfg.checkpointing, text
-        if train(cfg, stage, models, pairs, folder, stop, device, rank, world):
-            print("stopped; go on with --resume=True") if rank == 0 else None
+        for stage in stages:
+            stopped = stopped or train(cfg, stage, around, models, pairs, folder, stop, device, rank, world)
+        if stopped:
             break
+    if rank == 0:
+        print("stopped; go on with --resume=True") if stopped else sample.carry_over(
+            cfg.data, folder, "vae", "backbone", "readout", "dit", "head1", *["lora2"] * (stages[0] == "3"))
     if dist.is_initialized():
         dist.destroy_process_group()
 

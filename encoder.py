@@ -508,10 +508,10 @@ class Config:
     backbone: str = ""              # fit a readout to this backbone and train nothing
     model: str = "nano"             # a name in CONFIGS; trained from scratch
     scenarios: str = "drop,collide,roll,support,dominoes"  # names in simdata.SCENARIOS; they take turns
-    scenes: int = 30000             # training images, one per scene, spread evenly over the scenarios
+    scenes: int = 36000             # training images, one per scene, spread evenly over the scenarios
     val_scenes: int = 512           # validation images, from the split "val"
     size: int = 64                  # pixels of the truth: mask, depth, normals; images have the encoder's input_size
-    steps: int = 8000               # optimizer steps
+    steps: int = 10000              # optimizer steps
     batch: int = 32                 # global batch size, a multiple of the number of ranks
     lr: float = 3e-3                # peak learning rate of Muon: the matrices inside the networks
     adam_lr: float = 1e-3           # peak learning rate of AdamW: what enters, leaves, shifts and scales

@@ -3,7 +3,7 @@ An image in, a physical video out.
 
     python sample.py data/drop.png
     python sample.py photo.jpg --prompt="a red rubber ball falls" --n=4 --out=out/photo.gif
-    python sample.py data/hit.png --stage=1 --steps=30 --seed=7
+    python sample.py data/roll.png --stage=1 --steps=30 --seed=7
     python sample.py photo.jpg --preset=wan5b --weights=Wan2.2-TI2V-5B --prompt="a ball falls onto the floor"
 
 Any PNG, JPEG or WebP with sides of 16 to 8192 pixels; the centre square is used. The video's format follows the name
@@ -15,6 +15,7 @@ of --out: mp4, gif or webp. The same seed gives the same bytes. Without --prompt
 """
 import json
 import os
+import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -83,6 +84,17 @@ def load_models(data="data", stage=1, ckpt="", head="", device="cpu"):
         encoder = load_phys_encoder(f"{data}/backbone.safetensors", head).to(device).eval().requires_grad_(False)
     vae = load_vae(f"{data}/vae.safetensors", device=device)
     return Models(vae, encoder, dit)
+
+
+def carry_over(data, folder, *names):
+    """Copy these weights of one folder, those that it has, into another, so that that can be --data by itself."""
+    for name in names:
+        if os.path.exists(f"{data}/{name}.safetensors"):
+            with common.atomic(f"{folder}/{name}.safetensors") as tmp:
+                shutil.copy(f"{data}/{name}.safetensors", tmp)
+    for part in TEXT_ENCODER:                      # gigabytes: a link will do
+        if os.path.exists(f"{data}/{part}") and not os.path.exists(f"{folder}/{part}"):
+            os.symlink(os.path.realpath(f"{data}/{part}"), f"{folder}/{part}")
 
 
 def load_published(folder, name="wan5b", device="cpu", dtype=None):

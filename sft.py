@@ -14,7 +14,6 @@ PhysMaster's Stage I starts from a pretrained video model: give one with --init_
 """
 import math
 import os
-import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -53,7 +52,7 @@ class Config:
     phys: bool = True               # with the PhysEncoder; False trains the plain DiT
     foretell: bool = True           # physical tokens for the frames to come, too (needs readout.safetensors)
     forced: bool = True             # those say the truth in training, where it is known; else what the readout says
-    steps: int = 1400               # optimizer steps
+    steps: int = 1600               # optimizer steps
     batch: int = 32                 # clips a step, over all ranks
     accumulate: int = 1             # micro-batches a step and rank, for less memory
     lr: float = 6e-3                # peak learning rate of Muon: the matrices inside the blocks
@@ -66,7 +65,7 @@ class Config:
     ema: float = 0.999              # decay of the weight average that is evaluated and shipped
     log_every: int = 25             # steps
     eval_every: int = 400           # steps between samples, checkpoints and val scores
-    eval_clips: int = 32            # val clips that are sampled then
+    eval_clips: int = 40            # val clips that are sampled then
     seed: int = 0                   # of weights, order, noise
     checkpointing: bool = False     # compute activations again in the backward pass instead of keeping them
     fsdp: bool = False              # shard weights and optimizer over the ranks (FSDP2) instead of copying them (DDP)
@@ -375,13 +374,7 @@ def main():
             if rank == 0:
                 common.save_weights(f"{folder}/{name}.safetensors", tensors, config, torch.bfloat16)
         if rank == 0:
-            for name in ("vae", "backbone", "readout"):                              # so the folder can be --data
-                if os.path.exists(f"{cfg.data}/{name}.safetensors"):
-                    with common.atomic(f"{folder}/{name}.safetensors") as tmp:
-                        shutil.copy(f"{cfg.data}/{name}.safetensors", tmp)
-            for part in sample.TEXT_ENCODER:
-                if os.path.exists(f"{cfg.data}/{part}") and not os.path.exists(f"{folder}/{part}"):
-                    os.symlink(os.path.realpath(f"{cfg.data}/{part}"), f"{folder}/{part}")
+            sample.carry_over(cfg.data, folder, "vae", "backbone", "readout")
             print(f"wrote {' and '.join(f'{folder}/{name}.safetensors' for name in files)}")
     elif rank == 0:
         print(f"stopped after {done} steps; go on with --resume=True")

@@ -1772,7 +1772,7 @@ def test_a_dit_with_a_text_encoder_trains_in_shards(tmp_path):
     common.save_weights(data / "captions.safetensors", features, {"captions": sorted(captions)}, torch.bfloat16)
     flags = [f"--data={data}", f"--init_from={data}/dit.safetensors", "--clips=4", "--batch=4", "--eval_clips=16",
              "--eval_every=100", "--warmup=1", "--log_every=1", "--checkpointing=True", "--fsdp=True", "--device=cpu",
-             "--foretell=False", "--name=wan"]
+             "--foretell=False", "--name=wan", "--scenarios=drop"]
     two_ranks(f"{HERE}/sft.py", *flags, "--steps=2", cwd=tmp_path)
     state, key = tmp_path / "out/wan/state.safetensors", "model/dit.blocks.1.self_attn.q.weight"
     before = read_all(state)
@@ -1804,9 +1804,13 @@ def test_dpo_runs_and_resumes(tmp_path, monkeypatch):
     entry = next(e for e in first if "loss" in e)
     assert entry["loss"] == pytest.approx(math.log(2), abs=1e-4)                     # step 0: policy equals reference
     assert {"implicit_accuracy", "margin", "winner_vs_reference", "loser_vs_reference"} <= entry.keys()
-    assert first[0]["val_traj_l2"] > 0             # the outcome, not only the loss
     lora, head = read_all(tmp_path / "out/a/lora2.safetensors"), read_all(tmp_path / "out/a/head3.safetensors")
-    assert any(v.abs().max() > 0 for k, v in lora.items() if k.endswith("lora_B"))
+    state = read_all(tmp_path / "out/a/state2.safetensors")
+    assert any(v.abs().max() > 0 for k, v in state.items() if k.startswith("model/") and k.endswith("lora_B"))
+    # the outcome, not only the loss; what is kept is the best by it
+    scores = [e["val_traj_l2"] for e in first if "val_traj_l2" in e]
+    assert len(scores) == 3 and min(scores) > 0 and state["best/val_traj_l2"] == pytest.approx(min(scores))
+    assert all(torch.equal(v, state[f"best/dit.{k}"].bfloat16().float()) for k, v in lora.items())
     assert head.keys() == read_all(f"{HERE}/data/head1.safetensors").keys()
     line = json.loads(open(tmp_path / "out/pairs/0000.jsonl").readline())
     assert {"caption", "winner_score", "loser_score", "source"} <= line.keys()
@@ -1833,9 +1837,35 @@ def test_dpo_runs_and_resumes(tmp_path, monkeypatch):
     assert len(means) == len(lora)
     for k in means:
         assert (whole[k] - turn[k]).abs().max() <= 0.02 * turn[k].abs().max(), k
-    lora = read_all(tmp_path / "out/whole/lora2.safetensors")
-    for k, v in read_all(tmp_path / "out/turn/lora2.safetensors").items():
-        assert (lora[k] - v).norm() <= 0.01 * v.norm(), k
+    moved = [k for k in turn if k.startswith("model/")]
+    assert len(moved) == len(lora)
+    for k in moved:
+        assert (whole[k] - turn[k]).norm() <= 0.01 * turn[k].norm(), k
+    # the truth may be a candidate; without a preference the winners alone are learned, and the best stays the best
+    run("dpo.py", *tiny, "--name=true", "--steps=2", "--stages=2", "--truth=True", "--pool=out/true", "--beta=0",
+        "--lr=0.5", cwd=tmp_path)
+    lines = [[json.loads(x) for x in open(tmp_path / f"out/{pool}/0000.jsonl")] for pool in ("pairs", "true")]
+    assert all(t["winner_score"] > p["winner_score"] and t["loser_score"] == p["loser_score"] for p, t in zip(*lines))
+    ruined, kept = (read_all(tmp_path / f"out/true/{x}.safetensors") for x in ("state2", "lora2"))
+    assert all(v.abs().max() == 0 for k, v in kept.items() if k.endswith("lora_B"))
+    assert any(v.abs().max() > 0.1 for k, v in ruined.items() if k.startswith("model/") and k.endswith("lora_B"))
+    log = [json.loads(line) for line in open(tmp_path / "out/true/metrics2.jsonl")]
+    assert {e["margin"] for e in log if "margin" in e} <= {0.0}
+    # rows 6 and 9 of the paper's table; new pairs in the second round, of other scenes and by the policy of then
+    run("dpo.py", *tiny, "--name=head", "--steps=1", "--stages=head", cwd=tmp_path)
+    assert {k.split("/")[1].split(".")[0] for k in read_all(tmp_path / "out/head/statehead.safetensors")
+            if k.startswith("model/")} == {"head"} and not (tmp_path / "out/head/lora2.safetensors").exists()
+    run("dpo.py", *tiny, "--name=both", "--steps=1", "--stages=2,both", "--rounds=2", cwd=tmp_path)
+    begun, ended = (read_all(tmp_path / f"out/both/state{x}.safetensors") for x in ("2_2", "both_2"))
+    earlier = read_all(tmp_path / "out/both/stateboth.safetensors")
+    for k in (k for k in begun if k.startswith("reference/")):                       # it goes on where round 1 ended
+        assert k.endswith(("lora_A", "lora_B")) and torch.equal(begun[k], earlier["best" + k.removeprefix("reference")])
+    assert {k.split(".")[0] for k in ended if k.startswith("model/")} == {"model/dit", "model/head"}
+    scenes, policies = zip(*(([json.loads(x)["index"] for x in open(tmp_path / f"out/{pool}/0000.jsonl")],
+                              common.read_weights(tmp_path / f"out/{pool}/0000.safetensors")[1]["policy"])
+                             for pool in ("pairs", "pairs_2")))
+    assert scenes == ([0, 1, 2, 3], [4, 5, 6, 7]) and policies[0] != policies[1]
+    judge.sample.load_models(str(tmp_path / "out/both"), 3)                          # the run folder is a --data
     two_ranks(f"{HERE}/dpo.py", *tiny, "--name=ranks", "--steps=1", cwd=tmp_path)
     ranks = [json.loads(line) for line in open(tmp_path / "out/ranks/metrics2.jsonl")]
     assert next(e for e in ranks if "loss" in e)["loss"] == pytest.approx(math.log(2), abs=1e-4)
@@ -1947,18 +1977,22 @@ def test_simdata_and_eval_commands(tmp_path):
     run("simdata.py", "--n=2", "--frames=5", cwd=tmp_path)
     assert (tmp_path / "out/simdata/drop.png").exists()
     assert common.read_video(str(tmp_path / "out/simdata/drop.mp4")).shape[0] == 5
-    done = run("eval.py", f"--data={HERE}/data", "--n=2", "--steps=2", "--best_of=2", "--json=eval.json",
-               "--device=cpu", cwd=tmp_path)
-    assert "| truth re-parsed | seen |" in done.stdout
+    done = run("eval.py", f"--data={HERE}/data", "--scenarios=drop,roll", "--n=3", "--steps=2", "--best_of=2",
+               "--json=eval.json", "--device=cpu", cwd=tmp_path)
+    assert "| truth re-parsed | seen |" in done.stdout and "| row | scenes | drop | roll |" in done.stdout
     result = json.load(open(tmp_path / "eval.json"))
     assert {"truth re-parsed", "VAE round trip", "jittered truth", "static", "teleport to the floor",
             "Stage I"} <= result.keys()
     assert result["Stage I"]["seen"]["traj_l2"].keys() == {"mean", "low", "high", "n"}
     assert (result["Stage I, oracle best of 2"]["seen"]["traj_l2"]["mean"]
             <= result["Stage I"]["seen"]["traj_l2"]["mean"])
+    each = result["Stage I"]                       # the scenarios share the scenes, and each is shown apart, too
+    assert [each[k]["traj_l2"]["n"] for k in ("seen", "drop, seen", "roll, seen")] == [3, 2, 1]
+    assert each["seen"]["traj_l2"]["mean"] == pytest.approx(
+        (2 * each["drop, seen"]["traj_l2"]["mean"] + each["roll, seen"]["traj_l2"]["mean"]) / 3, rel=1e-5)
     # two ranks share the scenes and come to the same
-    two_ranks(f"{HERE}/eval.py", f"--data={HERE}/data", "--n=2", "--steps=2", "--chunk=1", "--json=ranks.json",
-              "--device=cpu", cwd=tmp_path)
+    two_ranks(f"{HERE}/eval.py", f"--data={HERE}/data", "--scenarios=drop,roll", "--n=3", "--steps=2", "--chunk=1",
+              "--json=ranks.json", "--device=cpu", cwd=tmp_path)
     ranks = json.load(open(tmp_path / "ranks.json"))
     for row in ("truth re-parsed", "static", "Stage I"):
         for split in ("seen", "unseen"):
@@ -2064,10 +2098,10 @@ def test_bad_input_is_refused(tmp_path):
                            text=True)              # in a process of its own it is the same
     assert alone.returncode == 2 and alone.stderr.startswith("error: none.png does not exist;")
     assert alone.stderr.count("\n") == 1
-    refused("eval.py", "--scenario=drop,roll", cwd=tmp_path, says="expected one of")
+    refused("eval.py", "--scenarios=drop,fly", cwd=tmp_path, says="'fly' is unknown")
     refused("sft.py", "--scenarios=drop,fly", cwd=tmp_path, says="'fly' is unknown")
     refused("eval.py", "--split=train", cwd=tmp_path, says="val or test")
-    refused("dpo.py", "--stages=4", cwd=tmp_path, says="2,3")
+    refused("dpo.py", "--stages=4", cwd=tmp_path, says="'4' is unknown; expected names out of 2, 3, head, both")
     refused("sft.py", "--batch=5", "--accumulate=2", cwd=tmp_path, says="multiple")
     refused("sft.py", "--model=wan1.3b", cwd=tmp_path, says="nano, small or tiny")
     refused("vae.py", "--window=12", cwd=tmp_path, says="4k")

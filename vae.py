@@ -1,7 +1,7 @@
 """
 Video to latent and back: one causal 3D VAE that builds Wan 2.1's, Wan 2.2's and our nano model from a flat config.
 
-Train the nano VAE on simulated clips (half an hour on two cores), look at out/vae/, go on, improve the decoder alone:
+Train the nano VAE on simulated clips (twenty minutes on two cores), look at out/vae/, go on, improve the decoder alone:
     python vae.py
     python vae.py --resume=True
     python vae.py --name=decoder --init_from=data/vae.safetensors --decoder_only=True --body_weight=12
@@ -418,7 +418,7 @@ class Config:
     scenarios: str = "drop,collide,roll,support,dominoes"  # names in simdata.SCENARIOS; they take turns
     clips: int = 2560               # training clips, simulated once and kept in memory (0.4 MB each)
     val_clips: int = 64             # held-out clips
-    steps: int = 3600               # optimizer steps; the learning rate follows a cosine over them
+    steps: int = 5400               # optimizer steps; the learning rate follows a cosine over them
     max_minutes: float = 0.0        # stop after this long (0: never); --resume=True --steps=N then anneals and finishes
     batch: int = 2                  # whole clips a step, over all ranks, or as many pixels in pieces
     crop: int = 32                  # side of the pieces around bodies that are seen first, a multiple of 8

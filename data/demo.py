@@ -17,8 +17,7 @@ sys.path.insert(0, os.path.dirname(HERE))
 import common
 import sample
 import simdata
-
-INDEX = (5, 43, 28, 44, 12, 16)                    # drop, box, hit, pair, three, clay
+from examples import SCENES, clip
 
 
 @dataclass
@@ -30,11 +29,11 @@ class Config:
 def main():
     cfg = common.parse_config(Config, sys.argv[1:])
     models = sample.load_models(HERE, cfg.stage)
-    parts = [simdata.make_batch("drop", 1, 100, "test", start=i, truth=False, photo=simdata.PHOTO) for i in INDEX]
+    parts = [clip(*scene, photo=simdata.PHOTO) for scene in SCENES.values()]
     truth = torch.cat([p["video"] for p in parts])
-    video = sample.generate(models, truth[:, :, 0], [p["caption"][0] for p in parts], [0] * len(INDEX),
+    video = sample.generate(models, truth[:, :, 0], [p["caption"][0] for p in parts], [0] * len(parts),
                             temperature=sample.DEFAULT_TEMPERATURE, photo=torch.cat([p["photo"] for p in parts]))
-    frames = common.grid([common.to_uint8(v) for v in (*truth, *video)], len(INDEX))
+    frames = common.grid([common.to_uint8(v) for v in (*truth, *video)], len(parts))
     frames = np.concatenate([frames, frames[-1:].repeat(12, 0)])                     # rest a moment before it restarts
     common.write_video(cfg.out, frames, fps=16, scale=2)
     print(f"wrote {cfg.out}")

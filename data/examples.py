@@ -15,12 +15,19 @@ import common
 import simdata
 
 SIZE = 256                                         # pixels: pictures are finer than the video and the encoder's view
-SCENES = {"drop": 5, "box": 43, "hit": 28, "pair": 44, "three": 12, "clay": 16}      # index in the test split, seed 100
+SCENES = {"drop": ("drop", 2), "three": ("drop", 12), "collide": ("collide", 5), "roll": ("roll", 0),
+          "tower": ("support", 0), "dominoes": ("dominoes", 1)}  # scenario and index in the test split, seed 100
 
-for name, index in SCENES.items():
-    clip = simdata.make_batch("drop", 1, 100, "test", frames=1, start=index, truth=False, photo=SIZE)
-    info = PngImagePlugin.PngInfo()
-    info.add_text("Description", clip["caption"][0])
-    with common.atomic(f"{HERE}/{name}.png") as tmp:
-        Image.fromarray(common.to_uint8(clip["photo"][0][:, None])[0]).save(tmp, pnginfo=info)
-    print(f"{name}.png: {clip['caption'][0]}")
+
+def clip(scenario, index, **options):
+    return simdata.make_batch(scenario, 1, 100, "test", start=index, truth=False, **options)
+
+
+if __name__ == "__main__":
+    for name, scene in SCENES.items():
+        first = clip(*scene, frames=1, photo=SIZE)
+        info = PngImagePlugin.PngInfo()
+        info.add_text("Description", first["caption"][0])
+        with common.atomic(f"{HERE}/{name}.png") as tmp:
+            Image.fromarray(common.to_uint8(first["photo"][0][:, None])[0]).save(tmp, pnginfo=info)
+        print(f"{name}.png: {first['caption'][0]}")
