@@ -467,6 +467,11 @@ def read_weights(path):
         return {k: read() for k, (_, read) in found.items()}, config
 
 
+def spread(n, most):
+    """At most `most` indices evenly over 0 .. n - 1, so that every scenario has its share in a sample of clips."""
+    return torch.linspace(0, n - 1, min(n, most)).long()
+
+
 def fingerprint(*modules):
     """A short string that changes when any weight does: which networks made a file of latents or pairs."""
     tensors = [t for m in modules if m is not None for t in m.state_dict().values()]

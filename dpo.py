@@ -256,7 +256,8 @@ def train(cfg, stage, around, models, pairs, folder, stop, device, rank, world):
     if "head" in STAGES[stage]:
         head.requires_grad_(True)
         head.scratch.refinenet4.resConfUnit1.requires_grad_(False)                   # in every DPT, used by none
-    latent = torch.cat([pairs["first"][:16], pairs["winner"][:16, :, :1]], 2)
+    some = common.spread(len(pairs["first"]), 16)
+    latent = torch.cat([pairs["first"][some], pairs["winner"][some, :, :1]], 2)
     raw = Policy(dit, head, visibility(models.vae, latent.to(device))).to(device).train()
     trained = {k: p for k, p in raw.named_parameters() if p.requires_grad}
     reference = {k: p.detach().clone() for k, p in trained.items()}                  # no second model, just tensors

@@ -627,13 +627,14 @@ def fit_readout(backbone, scenes, device, most=6000):
 
     Least squares for where bodies are and go, reweighted by 1 / (the path's error + 0.02) so that a median is fitted,
     as the backbone was trained for; Newton's method for whether there is a body (logistic regression)."""
-    tokens = []
-    for image in scenes["image"][:most].split(64):
+    tokens, some = [], common.spread(len(scenes["image"]), most)
+    scenes = {k: scenes[k][some] for k in ("image", "mask", "body")}
+    for image in scenes["image"].split(64):
         with common.autocast(device):
             tokens.append(backbone(image.to(device).float() / 127.5 - 1)[0][-1].float().cpu())
     x = torch.cat(tokens)                                                              # (N, L, D)
     x = torch.cat([x, torch.ones_like(x[..., :1])], -1)
-    owner = cells(scenes["mask"][:most], math.isqrt(x.shape[1]))
+    owner = cells(scenes["mask"], math.isqrt(x.shape[1]))
     owner = F.pixel_unshuffle(owner[:, None].float(), 2).flatten(2).mT.long()          # (N, L, 4)
     small = 1e-3 * torch.eye(x.shape[2], dtype=torch.double)
     weight = torch.zeros(4, 3 + 2 * FUTURE, x.shape[2])
@@ -812,7 +813,8 @@ def main():
     blind = torch.where(train["depth"] > 0, 1 / train["depth"], 0).mean(0).expand_as(val["depth"])
     baseline = abs_rel(blind, val["depth"], val["mask"]).nanmean(0)
 
-    known = {k: v[:cfg.val_scenes] for k, v in train.items()}                          # how much is learned by heart
+    some = common.spread(len(train["image"]), cfg.val_scenes)
+    known = {k: v[some] for k, v in train.items()}                                     # how much is learned by heart
 
     def evaluate(step):
         with ema.applied(model):

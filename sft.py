@@ -258,7 +258,7 @@ def main():
         text = sample.text_features(cfg.text_emb or f"{cfg.data}/captions.safetensors", captions, config["text_dim"],
                                     cfg.data, device)
 
-    visible = visibility(vae, pool["latent"][:16, :, :2].to(device))
+    visible = visibility(vae, pool["latent"][common.spread(len(pool["latent"]), 16), :, :2].to(device))
     raw = StageOne(dit, encoder, visible, cfg.moving)
     shards = shard(raw, device, world) if cfg.fsdp else []
     raw.to(device)

@@ -525,9 +525,10 @@ def evaluate(model, data, device, rank, world):
 def latent_stats(model, data, device, rank, world, clips=512):
     """Per-channel mean and standard deviation of the raw latent over training clips, as lists."""
     total = torch.zeros(3, model.config["z_dim"])
-    for i in range(rank * 8, min(clips, len(data["video"])), world * 8):
+    some = common.spread(len(data["video"]), clips)
+    for index in some.split(8)[rank::world]:
         with common.autocast(device):
-            mu = model.moments(to_float(data["video"][i:i + 8]).to(device))[0].cpu()
+            mu = model.moments(to_float(data["video"][index]).to(device))[0].cpu()
         total += torch.stack([mu.sum((0, 2, 3, 4)), mu.square().sum((0, 2, 3, 4)),
                               torch.full(mu.shape[1:2], mu[:, 0].numel())])
     s, s2, n = common.average(total, device).cpu()
