@@ -5,6 +5,7 @@ number means (truth re-parsed, VAE round trip, jittered truth, static, teleport)
     python eval.py                                  # the table on 500 validation scenes, seen and unseen
     python eval.py --split=test --n=1000 --json=out/eval.json
     python eval.py --scenarios=drop,roll
+    python eval.py --rows=plain=out/plain:1,winners=out/winners:2    # run folders, paired with data's Stage I
     python eval.py --ckpt=out/sft/dit.safetensors --head=out/sft/head1.safetensors
     python eval.py --clips=FOLDER                   # on clips of any origin, see simdata.py
     torchrun --nproc_per_node=8 -- eval.py --n=4096  # without -- torchrun takes --n for one of its own
@@ -403,6 +404,7 @@ def by_scenario(result, names, metric="traj_l2"):
 class Config:
     data: str = "data"              # folder with the weights: vae, backbone, dit, head1, lora2, head3 (.safetensors)
     stages: str = "1"               # which stages to evaluate, for example 1,2,3
+    rows: str = ""                  # NAME=FOLDER:STAGE,... more rows, of run folders that hold all their weights
     ckpt: str = ""                  # another DiT file instead of data/dit.safetensors
     head: str = ""                  # another physical head instead of data/head1.safetensors
     scenarios: str = "drop,collide,roll,support,dominoes"  # names in simdata.SCENARIOS; they share the scenes
@@ -448,9 +450,16 @@ def main():
         if "mask" not in folder.truth:
             raise common.InputError(f"--clips={cfg.clips}: not all clips have a mask; expected NAME.npz with at least "
                                     "the masks of the bodies, by which they are found again")
+    more = {}
+    for row in filter(None, cfg.rows.split(",")):
+        name, _, place = row.partition("=")
+        if not name or place[-2:] not in (":1", ":2", ":3"):
+            raise common.InputError(f"--rows: {row!r}: expected NAME=FOLDER:STAGE, for example plain=out/plain:1")
+        more[name] = place[:-2], int(place[-1])
     device, rank, _ = common.setup(cfg.device)
     models = {f"Stage {'I' * int(s)}": sample.load_models(cfg.data, int(s), cfg.ckpt, cfg.head, device)
               for s in cfg.stages.split(",")}
+    models |= {name: sample.load_models(*place, device=device) for name, place in more.items()}
     options = dict(best_of=cfg.best_of, references=cfg.references, chunk=cfg.chunk, steps=cfg.steps, cfg=cfg.cfg,
                    temperature=cfg.temperature, size=cfg.size, frames=cfg.frames, fps=cfg.fps)
     first = next(iter(models.values()))

@@ -4,6 +4,8 @@ Stage I: supervised fine-tuning of the DiT and the physical head on ground-truth
     python sft.py                                    # the nano model: under an hour on two CPU cores
     python sft.py --preset=taste                     # a short run, to see things fall
     python sft.py --phys=False --name=sft_plain      # without the encoder
+    python sft.py --phys=False --physics=False --name=base --pool=out/pool_base     # a base: things move, but not fall
+    python sft.py --init_from=out/base/dit.safetensors --name=tuned                 # and Stage I from there
     torchrun --nproc_per_node=8 sft.py --batch=512
     torchrun --nproc_per_node=8 sft.py --preset=wan5b --fsdp=True --folder=CLIPS    # after data/fetch.py
 
@@ -41,6 +43,7 @@ class Config:
     pool: str = "out/pool"          # folder of cached latents; made if it lacks shards
     scenarios: str = "drop,collide,roll,support,dominoes"  # names in simdata.SCENARIOS; they take turns
     clips: int = 7680               # simulated clips in the pool, each also mirrored
+    physics: bool = True            # False: what would fall wanders about instead, for a base that knows no physics
     folder: str = ""                # a folder of clips (see simdata.py) to train on instead, mirrored as well
     skip_broken: bool = False       # leave broken clips of the folder out, and say so, instead of stopping
     size: int = 64                  # pixels a side of the clips
@@ -124,7 +127,8 @@ def make_pool(cfg, vae, photo, device, rank, world):
     names, total = cfg.scenarios.split(","), len(folder) if folder else cfg.clips
     shards = []                                    # (path, what it holds): latents of another VAE would train as well,
     for s in range(math.ceil(total / shard)):      # and then sample noise, so a shard remembers where it comes from
-        source = dict(folder=os.path.abspath(cfg.folder)) if folder else dict(scenario=names[s % len(names)], seed=SEED)
+        source = dict(folder=os.path.abspath(cfg.folder)) if folder else dict(
+            scenario=names[s % len(names)], seed=SEED, physics=cfg.physics)
         shards.append((f"{cfg.pool}/{s:04d}.safetensors", dict(
             vae=common.fingerprint(vae), paths=True, **source, start=s * shard, count=min(shard, total - s * shard),
             **form)))
@@ -137,7 +141,8 @@ def make_pool(cfg, vae, photo, device, rank, world):
                 raise common.InputError(f"{cfg.folder}: none of {what['count']} clips can be read: {folder.broken[-1]}")
             yield prepare(batch, cfg.size, photo)
     clips = read() if folder else common.side_by_side(
-        simulate, [(what["scenario"], what["count"], what["start"], form) for _, what in missing])
+        simulate, [(what["scenario"], what["count"], what["start"], form | dict(physics=cfg.physics))
+                   for _, what in missing])
     for path, what in tqdm(missing, desc=f"pool, shards of {shard}", disable=rank > 0 or not missing):
         made = next(clips)
         with common.autocast(device):

@@ -892,6 +892,24 @@ def simulate(scene, frames, fps, gravity=None, rate=RATE):
     return path
 
 
+def wander(scene, frames, fps, draw):
+    """Motion without physics, which a base model may know: what would fall drifts and turns along smooth random paths,
+    from rest and above the floor, through whatever is in its way. -> a path like simulate's, without impulses."""
+    B, N = scene["shape"].shape
+    time = torch.arange(frames, device=scene["shape"].device) / fps                                 # (T,)
+    rate = 2 * math.pi * draw.uniform("wanderhz", 0.2, 0.7, N, 2)[..., None]                        # (B, N, 2, 1) rad/s
+    ease, pace = (1 - (rate * time).cos()) / 2, rate * (rate * time).sin() / 2                      # (B, N, 2, T)
+    room = (scene["position"][..., 2] - scene["half_extents"].norm(dim=-1)).clamp_min(0)[..., None]  # m to the floor
+    u = draw("wanderto", N, 2, 3)
+    to = torch.cat([u[..., :1] - 0.5, 0.2 * u[..., 1:2] - 0.1, (u[..., 2] * (0.5 + room) - room)[..., None] / 2], -1)
+    turn = (2 * draw("wanderby", N, 2, 3) - 1) * torch.tensor([[1.0], [0.0]], device=to.device) * math.pi
+    to, turn = to * scene["falls"][..., None, None], turn * scene["falls"][..., None, None]         # (B, N, 2, 3)
+    along = lambda how, much: torch.einsum("bnkt,bnkc->btnc", how, much)
+    q = quat_mul(quat_exp(along(ease, turn)), scene["rotation"][:, None].expand(-1, frames, -1, -1))
+    return dict(position=scene["position"][:, None] + along(ease, to), rotation=q, velocity=along(pace, to),
+                angular_velocity=along(pace, turn), impulse=time.new_zeros(B, frames, N, N + 1))
+
+
 def energy(scene, path, g=EARTH):
     """Potential (floor: 0) and kinetic energy of all bodies that can move, (B, T) J; g in m/s^2."""
     m = scene["mass"]
@@ -1228,7 +1246,8 @@ def make_scene(scenario, batch_size, seed, split="train", size=64, device="cpu",
 
 @torch.no_grad()
 def make_batch(scenario, batch_size, seed, split="train", frames=25, size=64, fps=16, device="cpu", start=0,
-               unseen=False, antialias=2, truth=True, jitter_seed=None, chunk=32, filmed=None, photo=0):
+               unseen=False, antialias=2, truth=True, jitter_seed=None, chunk=32, filmed=None, photo=0,
+               physics=True):
     """Simulate and film a batch of clips. Clip i depends on (split, seed, start + i) alone, whatever the batch size.
 
     Returns a dict, float32 unless said (T frames, N bodies, H = W = size):
@@ -1243,6 +1262,7 @@ def make_batch(scenario, batch_size, seed, split="train", frames=25, size=64, fp
       photo_mask (B,S,S).
     unseen: what the scenario keeps out of training. truth=False skips mask, depth, normal, flow, visible.
     filmed: stop the camera after so many frames; positions and the like still have all.
+    physics: False lets bodies wander instead (see there); what is meant by truth is then what they do.
     jitter_seed: an int simulates the scene moved by half a pixel and 5 degrees instead (see jitter).
     Raises ValueError for an unknown scenario or split and for sizes that make no clip."""
     if batch_size < 1 or frames < 1 or size < 8 or fps <= 0:
@@ -1252,7 +1272,7 @@ def make_batch(scenario, batch_size, seed, split="train", frames=25, size=64, fp
     if jitter_seed is not None:
         draw.key = _mix(draw.key + 1 + jitter_seed)
         scene = jitter(scene, scene["camera"], draw)
-    path = simulate(scene, frames, fps, scene["gravity"])
+    path = simulate(scene, frames, fps, scene["gravity"]) if physics else wander(scene, frames, fps, draw)
     reel, still = ({k: v[:, :n] for k, v in path.items()} for n in (filmed, 1))
     scale = torch.tensor([photo / size, photo / size, 1.0], device=device)[:, None]  # the same camera with finer pixels
     fine = scene | dict(camera=scene["camera"] | dict(intrinsics=scene["camera"]["intrinsics"] * scale))

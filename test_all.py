@@ -586,6 +586,21 @@ def test_scenarios(name):
     assert ((total.amax(1) - total[:, 0]) / total[:, 0]).max() < 0.01
 
 
+def test_what_wanders_knows_no_physics():
+    """The base's clips: the same first frame and caption, then smooth motion of what would fall, above the floor."""
+    there, here = (simdata.make_batch("collide", 6, 3, physics=p, truth=False) for p in (True, False))
+    assert here["caption"] == there["caption"] and torch.equal(here["video"][:, :, 0], there["video"][:, :, 0])
+    x, moves = here["position"], here["falls"]
+    assert (x[:, 1:] - x[:, :-1]).norm(dim=-1).max() < 0.25 and ((x - x[:, :1]).norm(dim=-1).amax(1)[~moves] == 0).all()
+    assert ((x - x[:, :1]).norm(dim=-1).amax(1)[moves] > 0.05).float().mean() > 0.9
+    assert (x[..., 2].amin(1) >= torch.minimum(x[:, 0, :, 2], here["half_extents"].norm(dim=-1)) - 1e-5).all()
+    step, v = (x[:, 2:] - x[:, :-2]) * 8, here["velocity"]                           # central differences at 16 fps
+    assert v[:, 0].abs().max() == 0 and (step - v[:, 1:-1]).abs().max() < 0.05 * v.abs().max()
+    assert not torch.allclose(x, there["position"], atol=0.05)
+    alone = simdata.make_batch("collide", 1, 3, physics=False, truth=False, start=4)
+    assert torch.equal(alone["position"][0], x[4])
+
+
 def test_towers_of_the_world_do_what_statics_says():
     """A tower stands where all weights are 3 cm inside of what carries them, and topples where one is 1 cm outside."""
     scene, _ = simdata.make_scene("support", 100, 2)
@@ -909,6 +924,18 @@ def test_shipped_readout_foretells(photos):
     # a cell has the colour of what covers it
     hue = F.normalize(photos["color"][n, k] - photos["color"][n, k].mean(1, keepdim=True), dim=1)
     assert (F.normalize(colour[n, c] - colour[n, c].mean(1, keepdim=True), dim=1) * hue).sum(1).median() > 0.95
+
+
+def test_samples_of_a_pool_show_every_scenario():
+    """Pools are sorted by scenario; a readout fitted to the first few thousand scenes would know one alone."""
+    some = common.spread(12, 6)
+    assert some.tolist() == [0, 2, 4, 6, 8, 11] and common.spread(3, 6).tolist() == [0, 1, 2]
+    scenes, backbone = E.render(12, "drop,roll", 0, "val", 64, 112), E.load_phys_encoder(
+        f"{HERE}/data/backbone.safetensors", config={"out_dim": 8}).backbone
+    fit = lambda some, **most: E.fit_readout(backbone, {k: v[some] for k, v in scenes.items()}, torch.device("cpu"),
+                                             **most).weight
+    few = fit(range(12), most=6)
+    assert torch.equal(few, fit(some)) and not torch.equal(few, fit(range(6)))
 
 
 def test_what_is_foretold_is_mirrored_with_the_picture():
@@ -1978,7 +2005,7 @@ def test_simdata_and_eval_commands(tmp_path):
     assert (tmp_path / "out/simdata/drop.png").exists()
     assert common.read_video(str(tmp_path / "out/simdata/drop.mp4")).shape[0] == 5
     done = run("eval.py", f"--data={HERE}/data", "--scenarios=drop,roll", "--n=3", "--steps=2", "--best_of=2",
-               "--json=eval.json", "--device=cpu", cwd=tmp_path)
+               f"--rows=again={HERE}/data:1,tuned={HERE}/data:2", "--json=eval.json", "--device=cpu", cwd=tmp_path)
     assert "| truth re-parsed | seen |" in done.stdout and "| row | scenes | drop | roll |" in done.stdout
     result = json.load(open(tmp_path / "eval.json"))
     assert {"truth re-parsed", "VAE round trip", "jittered truth", "static", "teleport to the floor",
@@ -1990,6 +2017,8 @@ def test_simdata_and_eval_commands(tmp_path):
     assert [each[k]["traj_l2"]["n"] for k in ("seen", "drop, seen", "roll, seen")] == [3, 2, 1]
     assert each["seen"]["traj_l2"]["mean"] == pytest.approx(
         (2 * each["drop, seen"]["traj_l2"]["mean"] + each["roll, seen"]["traj_l2"]["mean"]) / 3, rel=1e-5)
+    assert result["again - Stage I, paired"]["seen"]["traj_l2"]["high"] == 0         # rows of folders, same noise
+    assert result["tuned"]["seen"]["psnr"]["mean"] != result["again"]["seen"]["psnr"]["mean"]
     # two ranks share the scenes and come to the same
     two_ranks(f"{HERE}/eval.py", f"--data={HERE}/data", "--scenarios=drop,roll", "--n=3", "--steps=2", "--chunk=1",
               "--json=ranks.json", "--device=cpu", cwd=tmp_path)
@@ -2098,6 +2127,7 @@ def test_bad_input_is_refused(tmp_path):
                            text=True)              # in a process of its own it is the same
     assert alone.returncode == 2 and alone.stderr.startswith("error: none.png does not exist;")
     assert alone.stderr.count("\n") == 1
+    refused("eval.py", "--rows=out/plain", cwd=tmp_path, says="expected NAME=FOLDER:STAGE")
     refused("eval.py", "--scenarios=drop,fly", cwd=tmp_path, says="'fly' is unknown")
     refused("sft.py", "--scenarios=drop,fly", cwd=tmp_path, says="'fly' is unknown")
     refused("eval.py", "--split=train", cwd=tmp_path, says="val or test")
