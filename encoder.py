@@ -511,7 +511,7 @@ class Config:
     scenes: int = 36000             # training images, one per scene, spread evenly over the scenarios
     val_scenes: int = 512           # validation images, from the split "val"
     size: int = 64                  # pixels of the truth: mask, depth, normals; images have the encoder's input_size
-    steps: int = 10000              # optimizer steps
+    steps: int = 9000               # optimizer steps
     batch: int = 32                 # global batch size, a multiple of the number of ranks
     lr: float = 3e-3                # peak learning rate of Muon: the matrices inside the networks
     adam_lr: float = 1e-3           # peak learning rate of AdamW: what enters, leaves, shifts and scales

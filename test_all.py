@@ -719,11 +719,11 @@ def test_vae_streams(name):
 def test_vae_sees_bodies_first_and_whole_clips_last(clips):
     cfg = V.Config(steps=10)
     data = dict(video=((clips["video"] + 1) * 127.5).round().byte(), mask=clips["mask"])
-    for step, n, side in ((7, 8, 32), (8, 2, 64)):
+    for step, n, side, frames in ((7, 8, 32, 13), (8, 2, 64, 25)):
         video, weight, noise = V.get_batch(cfg, data, step, 0, 1)
-        assert video.shape == (n, 3, 13, side, side) and weight.shape == (n, 1, 13, side, side)
-        assert noise.shape == (n, 32, 4, side // 8, side // 8)
-        assert (weight[:, 0, 6].amax((1, 2)) == cfg.body_weight).all()               # each shows one, half-way through
+        assert video.shape == (n, 3, frames, side, side) and weight.shape == (n, 1, frames, side, side)
+        assert noise.shape == (n, 32, 1 + frames // 4, side // 8, side // 8)
+        assert (weight[:, 0, frames // 2].amax((1, 2)) == cfg.body_weight).all()     # each shows one, half-way through
     # two ranks see the halves of what one sees
     ours = [V.get_batch(cfg, data, 7, rank, 2) for rank in (0, 1)]
     for one, parts in zip(V.get_batch(cfg, data, 7, 0, 1), zip(*ours)):

@@ -418,12 +418,12 @@ class Config:
     scenarios: str = "drop,collide,roll,support,dominoes"  # names in simdata.SCENARIOS; they take turns
     clips: int = 2560               # training clips, simulated once and kept in memory (0.4 MB each)
     val_clips: int = 64             # held-out clips
-    steps: int = 5400               # optimizer steps; the learning rate follows a cosine over them
+    steps: int = 6750               # optimizer steps; the learning rate follows a cosine over them
     max_minutes: float = 0.0        # stop after this long (0: never); --resume=True --steps=N then anneals and finishes
-    batch: int = 2                  # whole clips a step, over all ranks, or as many pixels in pieces
+    batch: int = 2                  # whole clips a step, over all ranks, or as many pixels a frame in pieces
     crop: int = 32                  # side of the pieces around bodies that are seen first, a multiple of 8
-    whole: float = 0.2              # share of the steps, at the end, that see whole clips
-    window: int = 13                # frames of a training clip, 1 + 4k
+    whole: float = 0.2              # share of the steps, at the end, that see whole clips, all of their frames
+    window: int = 13                # frames of a piece, 1 + 4k
     lr: float = 1e-3                # peak learning rate
     warmup: int = 100               # steps of linear warm-up
     l1: float = 0.05                # weight of the absolute error beside the squared error
@@ -479,21 +479,21 @@ def get_batch(cfg, data, step, rank, world):
     """This rank's slice of the step's global batch: video, weight (B, 1, T, S, S), noise. From (seed, step).
 
     Most of a picture is a still wall and floor. So pieces around bodies come first, as many as have the pixels of the
-    whole clips that come at the end."""
+    whole clips that come at the end. Those show all frames: what has only seen short clips drifts in longer ones."""
     g = common.generator(cfg.seed, "vae", step)
-    side = SIZE if step >= (1 - cfg.whole) * cfg.steps else cfg.crop
+    side, window = (SIZE, FRAMES) if step >= (1 - cfg.whole) * cfg.steps else (cfg.crop, cfg.window)
     n = cfg.batch * (SIZE // side) ** 2
     index = torch.randint(len(data["video"]), (n,), generator=g)
-    first = torch.randint(FRAMES - cfg.window + 1, (n,), generator=g)
+    first = torch.randint(FRAMES - window + 1, (n,), generator=g)
     flip = torch.rand(n, generator=g) < 0.5
     which, *shift = torch.rand(3, n, generator=g)
     z = CONFIGS["nano"]["z_dim"]
-    noise = torch.randn(n, z, 1 + cfg.window // 4, side // 8, side // 8, generator=g)
+    noise = torch.randn(n, z, 1 + window // 4, side // 8, side // 8, generator=g)
     mine, video, body = range(rank * n // world, (rank + 1) * n // world), [], []
     for i in mine:
-        time = slice(first[i], first[i] + cfg.window)
+        time = slice(first[i], first[i] + window)
         v, m = data["video"][index[i], :, time], data["mask"][index[i], time]                       # (3, T, H, W)
-        spots = m[cfg.window // 2].nonzero()                                         # of bodies, half-way through
+        spots = m[window // 2].nonzero()                                             # of bodies, half-way through
         spot = spots[int(which[i] * len(spots))].tolist() if len(spots) else [SIZE // 2] * 2
         y, x = (min(max(int(at - side * s[i]), 0), SIZE - side) for at, s in zip(spot, shift))
         cut = (..., slice(y, y + side), slice(x, x + side))
