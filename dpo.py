@@ -168,7 +168,8 @@ def make_pairs(cfg, models, pool, scene, device, rank, world):
     Every rank makes its own; a killed run goes on with the next missing shard."""
     common.make_dir(pool)
     names, stamp = cfg.scenarios.split(","), pair_stamp(cfg, models)
-    shard = max(1, int(SHARD * 25 * 64**2 / (cfg.frames * cfg.size**2)))             # larger clips: fewer at a time
+    # larger clips: fewer at a time; and a share for every scenario
+    shard = max(1, min(int(SHARD * 25 * 64**2 / (cfg.frames * cfg.size**2)), math.ceil(cfg.pairs / len(names))))
     missing = [s for s in range(math.ceil(cfg.pairs / shard))[rank::world]
                if not os.path.exists(f"{pool}/{s:04d}.safetensors")]
     for s in tqdm(missing, desc=f"pairs, shards of {shard} scenes", disable=rank > 0 or not missing):

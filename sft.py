@@ -123,8 +123,10 @@ def make_pool(cfg, vae, photo, device, rank, world):
     form = dict(size=cfg.size, frames=cfg.frames, fps=cfg.fps, photo=photo)
     folder = simdata.Clips(cfg.folder, skip=cfg.skip_broken, **form) if cfg.folder else None
     larger = cfg.frames * cfg.size**2 / (25 * 64**2)                          # than nano's clips: fewer at a time
-    shard, part = max(1, int(SHARD / larger)), max(1, int(16 / larger))
     names, total = cfg.scenarios.split(","), len(folder) if folder else cfg.clips
+    shard, part = max(1, int(SHARD / larger)), max(1, int(16 / larger))
+    if not folder:                                 # small pools, too, have a share of every scenario
+        shard = min(shard, math.ceil(total / len(names)))
     shards = []                                    # (path, what it holds): latents of another VAE would train as well,
     for s in range(math.ceil(total / shard)):      # and then sample noise, so a shard remembers where it comes from
         source = dict(folder=os.path.abspath(cfg.folder)) if folder else dict(

@@ -1734,6 +1734,14 @@ def test_sft_resumes_to_the_bit_and_two_ranks_equal_one(tmp_path):
     run("sft.py", *TINY_SFT, "--name=plain", "--phys=False", "--steps=1", cwd=tmp_path)
     assert not (tmp_path / "out/plain/head1.safetensors").exists()
     refused("sft.py", *TINY_SFT, "--name=plain", "--resume=True", cwd=tmp_path, says="another configuration")
+    pool = [common.read_weights(tmp_path / f"out/pool/{i:04d}.safetensors")[1]["scenario"] for i in range(4)]
+    assert pool == list(simdata.SCENARIOS)[:4]     # of eight clips, too, every scenario has its share
+    # a base that knows no physics, and Stage I from there: the plain DiT learns to listen
+    refused("sft.py", *TINY_SFT, "--physics=False", cwd=tmp_path, says="another physics")
+    run("sft.py", *TINY_SFT, "--name=base", "--phys=False", "--physics=False", "--pool=out/base_pool", "--steps=1",
+        "--model=tiny", cwd=tmp_path)
+    run("sft.py", *TINY_SFT, "--name=tuned", "--init_from=out/base/dit.safetensors", "--steps=1", cwd=tmp_path)
+    assert (tmp_path / "out/tuned/head1.safetensors").exists()
     # what was trained serves as a folder for all others, readout included
     made = run("sample.py", f"{HERE}/data/drop.png", "--data=out/ranks", "--steps=2", "--device=cpu", cwd=tmp_path)
     assert "stage 1" in made.stdout
@@ -1825,7 +1833,7 @@ def test_a_dit_with_a_text_encoder_trains_in_shards(tmp_path):
 
 def test_dpo_runs_and_resumes(tmp_path, monkeypatch):
     tiny = ["--pairs=4", "--candidates=2", "--margin=0", "--sampler_steps=2", "--batch=2", "--eval_clips=2", "--rank=2",
-            "--eval_every=2", "--log_every=1", "--warmup=1", f"--data={HERE}/data", "--device=cpu"]
+            "--eval_every=2", "--log_every=1", "--warmup=1", f"--data={HERE}/data", "--device=cpu", "--scenarios=drop"]
     run("dpo.py", *tiny, "--name=a", "--steps=3", cwd=tmp_path)
     first = [json.loads(line) for line in open(tmp_path / "out/a/metrics2.jsonl")]
     entry = next(e for e in first if "loss" in e)
