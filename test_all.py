@@ -748,6 +748,8 @@ def test_shipped_vae_reconstructs(clips):
     inside = (error * body).sum((1, 2, 3)) / body.sum((1, 2, 3))
     psnr, inside = (-10 * e.log10() for e in (error.mean((1, 2, 3)), inside))
     assert psnr.mean() > 32 and inside.mean() > 24 and 0.7 < z.std() < 1.3           # and its latents are normalised
+    early, late = (-10 * error[:, when].mean((1, 2, 3)).log10() for when in (slice(1, 13), slice(13, 25)))
+    assert (late - early).mean() > -1.5            # what had only seen 13 frames lost 5 dB in the later ones
 
 
 # ----------------------------------------------------------------------------------------------------------------------
