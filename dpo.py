@@ -47,7 +47,7 @@ from vae import visibility
 class Config:
     name: str = "dpo"               # the run's folder under out/
     data: str = "data"              # folder with vae, backbone, dit, head1
-    stages: str = "2,3"             # one after the other, out of: 2, 3, head, both (see STAGES)
+    stages: str = "2,3"             # 2, 3, head, both, 2,3 or 2,both (see STAGES)
     rounds: int = 1                 # how often: new pairs, all stages
     pool: str = "out/pairs"         # folder of preference pairs; made if it lacks shards
     scenarios: str = "drop,collide,roll,support,dominoes"  # names in simdata.SCENARIOS; they take turns
@@ -384,7 +384,9 @@ def main():
                        frames=(5, 1001), fps=(1, 240))
     common.check_frames(cfg)
     common.check_names("scenarios", cfg.scenarios, simdata.SCENARIOS)
-    stages = common.check_names("stages", cfg.stages, STAGES)
+    stages = cfg.stages.split(",")
+    if cfg.stages not in ("2", "3", "head", "both", "2,3", "2,both"):
+        raise common.InputError(f"--stages={cfg.stages}: expected 2, 3, head, both, 2,3 or 2,both")
     device, rank, world = common.setup(cfg.device)
     if cfg.batch % world:
         raise common.InputError(f"--batch={cfg.batch} must be a multiple of the {world} ranks")
@@ -402,7 +404,7 @@ def main():
             models.text = sample.text_features(cfg.text_emb or f"{cfg.data}/captions.safetensors", captions,
                                                models.dit.config["text_dim"], cfg.data, device)
 
-    understand([c for name in cfg.scenarios.split(",") for n, *where in ((cfg.pairs, 1, "train"),
+    understand([c for name in cfg.scenarios.split(",") for n, *where in ((cfg.rounds * cfg.pairs, 1, "train"),
                                                                          (cfg.eval_clips, 0, "val"))
                 for c in simdata.captions(simdata.make_scene(name, n, *where)[0])])
     stop, stopped = common.Stop(), False
@@ -411,7 +413,7 @@ def main():
         make_pairs(cfg, models, pool, (around - 1) * cfg.pairs, device, rank, world)
         pairs = load_pairs(cfg, models, pool, rank)
         understand(M.tokens_to_strings(pairs["text"]))                               # pairs may come from elsewhere
-        if around == 1 and stages[0] == "3":       # Stage III alone: Stage II's LoRA is on, in policy and reference
+        if around == 1 and stages == ["3"]:        # Stage III alone: Stage II's LoRA is on, in policy and reference
             models, text = sample.load_models(cfg.data, 2, device=device), models.text
             models.dit.checkpointing, models.text = cfg.checkpointing, text
         for stage in stages:
@@ -420,7 +422,7 @@ def main():
             break
     if rank == 0:
         print("stopped; go on with --resume=True") if stopped else sample.carry_over(
-            cfg.data, folder, "vae", "backbone", "readout", "dit", "head1", *["lora2"] * (stages[0] == "3"))
+            cfg.data, folder, "vae", "backbone", "readout", "dit", "head1", *["lora2"] * (stages == ["3"]))
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -1,7 +1,7 @@
 """
 Video to latent and back: one causal 3D VAE that builds Wan 2.1's, Wan 2.2's and our nano model from a flat config.
 
-Train the nano VAE on simulated clips (twenty minutes on two cores), look at out/vae/, go on, improve the decoder alone:
+Train the nano VAE on simulated clips (half an hour on two cores), look at out/vae/, go on, improve the decoder alone:
     python vae.py
     python vae.py --resume=True
     python vae.py --name=decoder --init_from=data/vae.safetensors --decoder_only=True --body_weight=12
