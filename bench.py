@@ -8,6 +8,7 @@ the same thing.
     python bench.py --only=peers          # the world beside PyBullet with TinyRenderer, and MuJoCo
     python bench.py --only=pybullet       # the simulator's outcomes beside PyBullet's, no times; five minutes
     python bench.py --only=compiled       # whether torch.compile pays in the world
+    python bench.py --only=solvers        # the world's contact solver beside small-step XPBD; eight minutes
 
 The peers are diffusers' classes with the same random weights; without diffusers only our times are shown, and without
 PyBullet and MuJoCo (pip install pybullet mujoco) nothing is compared with them.
@@ -41,7 +42,7 @@ import vae as V
 
 @dataclass
 class Config:
-    only: str = "all"               # all, world, peers, pybullet, compiled, vae, dit, sample or memory
+    only: str = "all"               # all, world, peers, pybullet, compiled, solvers, vae, dit, sample or memory
     repeat: int = 5                 # timed repetitions, after one warm-up
     batch: int = 32                 # clips
     data: str = "data"              # folder with the shipped weights
@@ -313,6 +314,146 @@ def compiled(cfg, device):
     torch.set_num_threads(threads)
 
 
+def xpbd(scene, frames, fps, rate, sweep):
+    """The same scenes by small-step XPBD (Mueller et al. 2020, "Detailed Rigid Body Simulation with Extended Position
+    Based Dynamics": one position and one velocity solve a substep, no compliance), on simdata's contacts.
+
+    sweep: contacts of a clip one after the other, as published (Gauss-Seidel); else all at once, a body's mass split
+    over its contacts, as in simdata. Of the velocity solve's orders the one that served it best: first what bounces,
+    then friction. -> dict of position, rotation, velocity and angular_velocity, as from simulate()."""
+    from simdata import cross, dot, quat_exp, quat_mul, quat_to_matrix, rotate
+    B, N = scene["shape"].shape
+    M, steps = B * N, round(rate / fps)
+    h = 1 / (fps * steps)
+    flat = lambda t: F.pad(t.flatten(0, 1), (0, 0) * (t.ndim - 2) + (0, 1))          # and the world, which is the last
+    x, q, v, w = (flat(scene[k]) for k in ("position", "rotation", "velocity", "angular_velocity"))
+    q[-1, 0] = 1
+    moves = flat(scene["dynamic"] & scene["alive"])[:, None]
+    g = torch.tensor([0.0, 0.0, -simdata.EARTH]) * moves
+    inertia = flat(simdata.principal_inertia(scene["shape"], scene["half_extents"], scene["mass"]))
+    inv_mass, inv_body = moves / flat(scene["mass"])[:, None].clamp_min(1e-12), moves / inertia.clamp_min(1e-12)
+    contacts = simdata.Contacts(scene)
+    cold, record = torch.zeros(contacts.slots, 3), [(x, q, v, w)]
+
+    def turned(q, by):
+        q = quat_mul(quat_exp(by), q)
+        return q / q.norm(dim=-1, keepdim=True)
+
+    for step in range((frames - 1) * steps):
+        x_was, q_was, R = x, q, quat_to_matrix(q)
+        spin = rotate(R, inertia * rotate(R.mT, w))
+        v = v + h * g
+        x, q = x + h * v, turned(q, h * w)
+        R = quat_to_matrix(q)
+        w = rotate(R, inv_body * rotate(R.mT, spin))
+        v_was, w_was, I = v, w, R @ (inv_body[:, :, None] * R.mT)
+        _, a, b, point, n, gap = contacts.detect(x[:-1], R[:-1], v[:-1], w[:-1], cold)
+        a, b, point, n, gap = (t[gap < 0] for t in (a, b, point, n, gap))
+        sides = [(k, rotate(R[k].mT, point - x[k])) for k in (a, b)]                 # bodies, and where on them
+        mu, e, force = contacts.mu[a] * contacts.mu[b], contacts.e[a] * contacts.e[b], torch.zeros(len(a))
+        share, turns = torch.ones(M + 1), [torch.arange(len(a))] if len(a) else []
+        if sweep:                                  # the k-th contacts of all clips take the k-th turn
+            order = (a // N).argsort(stable=True)
+            number = torch.arange(len(a)) - torch.searchsorted((a // N)[order], (a // N)[order])
+            turns = [order[number == k] for k in range(int(number.max()) + 1 if len(a) else 0)]
+        else:
+            share = torch.bincount(torch.cat([a, b]), minlength=M + 1).float()
+
+        def ease(i, arms, d):                      # both sides' inverse masses along d (F, 3)
+            return sum(share[k[i]] * (inv_mass[k[i], 0] + dot(cross(r, d), rotate(I[k[i]], cross(r, d))))
+                       for (k, _), r in zip(sides, arms)).clamp_min(1e-12)
+
+        def moved(i, arms, p):                     # by impulses p (F, 3) -> changes of all bodies (M+1, 3), two kinds
+            dv, dw = torch.zeros_like(v), torch.zeros_like(w)
+            for (k, _), r, p in zip(sides, arms, (p, -p)):
+                dv.index_add_(0, k[i], inv_mass[k[i]] * p)
+                dw.index_add_(0, k[i], rotate(I[k[i]], cross(r, p)))
+            return dv, dw
+
+        def across(u, n):                          # what of u (F, 3) is not along n, its length and direction
+            u = u - dot(u, n)[:, None] * n
+            length = u.norm(dim=-1)
+            return length, u / length[:, None].clamp_min(1e-12)
+
+        for i in turns:                            # positions: out of each other, and back to where they stick
+            arms = [rotate(quat_to_matrix(q[k[i]]), at[i]) for k, at in sides]
+            (at_a, was_a), (at_b, was_b) = ((x[k[i]] + r, x_was[k[i]] + rotate(quat_to_matrix(q_was[k[i]]), at[i]))
+                                            for (k, at), r in zip(sides, arms))
+            force[i] = -(gap[i] + dot(at_a - at_b, n[i])).clamp_max(0) / ease(i, arms, n[i])
+            far, d = across((at_a - was_a) - (at_b - was_b), n[i])
+            hold = far / ease(i, arms, d)
+            dx, dq = moved(i, arms, force[i, None] * n[i] - (hold * (hold < mu[i] * force[i]))[:, None] * d)
+            x, q = x + dx, turned(q, dq)
+        dq = quat_mul(q, q_was * torch.tensor([1.0, -1.0, -1.0, -1.0]))
+        v, w = (x - x_was) / h, 2 / h * dq[:, 1:] * torch.where(dq[:, :1] < 0, -1.0, 1.0)
+        for rubs in (False, True):                 # velocities
+            for i in turns:
+                arms = [rotate(quat_to_matrix(q[k[i]]), at[i]) for k, at in sides]
+                meet = lambda v, w: v[a[i]] + cross(w[a[i]], arms[0]) - v[b[i]] - cross(w[b[i]], arms[1])
+                u, came = meet(v, w), -dot(meet(v_was, w_was), n[i])
+                if rubs:
+                    slides, d = across(u, n[i])
+                    p = -torch.minimum(mu[i] * force[i] / h, slides / ease(i, arms, d))[:, None] * d
+                else:
+                    leaves = torch.where(came > 2 * simdata.EARTH * h, e[i] * came, 0.0)
+                    p = ((leaves - dot(u, n[i])) / ease(i, arms, n[i]) * (force[i] > 0))[:, None] * n[i]
+                dv, dw = moved(i, arms, p)
+                v, w = v + dv, w + dw
+        if (step + 1) % steps == 0:
+            record.append((x, q, v, w))
+    keys = ("position", "rotation", "velocity", "angular_velocity")
+    return {k: torch.stack([r[i][:M].view(B, N, -1) for r in record], 1) for i, k in enumerate(keys)}
+
+
+def solvers(cfg, device):
+    """simdata's solver and XPBD on the same contacts: closed forms, towers, energy, and scenes a second."""
+    def stage(half, position, ramp=None, mu=0.5, e=0.0, speed=0.0, mass=None):
+        """Boxes of half extents (N, 3) m, the first one a ramp of so many degrees if that is given."""
+        half, position = torch.tensor([half]), torch.tensor([position])
+        zero, live = torch.zeros(half.shape[:2]), torch.ones(half.shape[:2], dtype=torch.bool)
+        turn = simdata.tilt_quat(zero + math.radians(ramp or 0))
+        scene = simdata.bodies((zero + simdata.BOX).long(), half, zero.long(), position, turn, live, zero,
+                               torch.ones(*zero.shape, 2), live, dynamic=live & ((zero[0] + 1).cumsum(0) > bool(ramp)))
+        scene["velocity"][..., 0] = speed
+        return scene | dict(restitution=zero + e, friction=zero + mu**0.5 if ramp else zero + mu,
+                            mass=torch.tensor([mass]) if mass else scene["mass"])
+
+    slope = math.radians(20)
+    along, up = ([math.cos(slope), 0.0, -math.sin(slope)], [math.sin(slope), 0.0, math.cos(slope)])
+    on_ramp = [0.25 * u - 2.5 * d for u, d in zip(up, along)]
+    on_ramp[2] += 3.0
+    cube, flat = [0.15] * 3, [0.16, 0.14, 0.1]
+    slide = stage([[4.0, 1.0, 0.1], cube], [[0.0, 0.0, 3.0], on_ramp], 20, mu=0.2)
+    tower = stage([cube] * 5, [[0.0, 0.0, 0.15 + 0.3 * k] for k in range(5)])
+    pile = stage([flat] * 3, [[0.0, 0.0, 0.1], [0.14, 0.0, 0.3], [0.14, 0.0, 0.5]], mass=[1.0, 12.0, 12.0])
+    lands = (2 / simdata.EARTH) ** 0.5             # s, from 1 m
+    many, _ = simdata.make_scene("collide", 500, 0)
+    heap, _ = simdata.make_scene("support", 500, 0)
+    inner = lambda scene, *how: simdata.simulate(scene, *how[:2], rate=how[2])
+    for name, engine, rates in (("simdata", inner, (240,)),
+                                ("XPBD at once", lambda *x: xpbd(*x, False), (240, 960)),
+                                ("XPBD in turn", lambda *x: xpbd(*x, True), (240, 960))):
+        for rate in rates:
+            bounce = engine(stage([cube], [[0.0, 0.0, 1.15]], e=0.75), 49, 48, rate)["position"][0, :, 0, 2] - 0.15
+            stop = engine(stage([cube], [[0.0, 0.0, 0.15]], speed=2.0), 17, 16, rate)["position"][0, -1, 0, 0]
+            down = engine(slide, 17, 16, rate)["position"][0, :, 1]
+            gone = (down[-1] - down[0]) @ torch.tensor(along)
+            lean = [1e3 * (p[0, -1] - p[0, 0]).norm(dim=-1).max()
+                    for p in (engine(s, 33, 16, rate)["position"] for s in (tower, pile))]
+            print(f"{name}, {rate} Hz: a flat box rebounds to {bounce[math.ceil(48 * lands):].max() / 0.75**2:.4f}, "
+                  f"stops after {stop * simdata.EARTH / 4:.4f} and slides down a ramp to "
+                  f"{gone * 2 / simdata.EARTH / (math.sin(slope) - 0.2 * math.cos(slope)):.4f} of the closed form; in "
+                  f"two seconds a tower of five moves by {lean[0]:.2f} mm, steel on wood by {lean[1]:.2f} mm")
+            t, gain = 0, []
+            for scene in (many, heap):
+                begin = time.perf_counter()
+                path = engine(scene, 13, 16, rate)
+                t, total = t + time.perf_counter() - begin, simdata.energy(scene, path)
+                gain.append(((total.amax(1) - total[:, 0]) / total[:, 0]).max())
+            print(f"    {1000 / t:.0f} scenes/s of 13 frames; worst gain of energy in 500 of collide "
+                  f"{100 * gain[0]:.2f} %, in 500 towers {100 * gain[1]:.2f} %")
+
+
 def vae(cfg, device):
     config = V.CONFIGS["wan2.2"] | dict(dim=16, decoder_dim=16)
     ours = V.VideoVAE(config).to(device).eval()
@@ -480,8 +621,8 @@ def memory(cfg, device):
 def main():
     cfg = common.parse_config(Config, sys.argv[1:])
     common.check_range(cfg, repeat=(1, 1000), batch=(1, 4096))
-    parts = {"world": world, "peers": peers, "pybullet": pybullet, "compiled": compiled, "vae": vae, "dit": dit,
-             "sample": sampling, "memory": memory}
+    parts = {"world": world, "peers": peers, "pybullet": pybullet, "compiled": compiled,
+             "solvers": solvers, "vae": vae, "dit": dit, "sample": sampling, "memory": memory}
     if cfg.only not in ("all", *parts):
         raise common.InputError(f"--only={cfg.only}: expected all, {', '.join(parts)}")
     device, _, _ = common.setup(cfg.device)
