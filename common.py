@@ -94,6 +94,8 @@ def parse_config(config_class, argv, presets=None, positional=None):
         if not (arg.startswith("--") and (name in fields or name == "preset" and presets)):
             raise InputError(f"unknown argument {arg!r}; the flags are "
                              + ", ".join(f"--{f}" for f in [*fields, *(["preset"] if presets else [])]))
+        if not equals and isinstance(fields.get(name), bool):
+            text = equals = "True"
         if not equals:
             raise InputError(f"--{name} needs a value: write --{name}={fields.get(name, next(iter(presets), ''))}")
         given[name] = text

@@ -6,6 +6,7 @@ number means (truth re-parsed, VAE round trip, jittered truth, static, teleport)
     python eval.py --split=test --n=1000 --json=out/eval.json
     python eval.py --scenarios=drop,roll
     python eval.py --rows=plain=out/plain:1,winners=out/winners:2    # run folders, paired with data's Stage I
+    python eval.py --table --split=test             # PhysMaster's Table 1, of what data/rows.sh has trained
     python eval.py --ckpt=out/sft/dit.safetensors --head=out/sft/head1.safetensors
     python eval.py --clips=FOLDER                   # on clips of any origin, see simdata.py
     torchrun --nproc_per_node=8 -- eval.py --n=4096  # without -- torchrun takes --n for one of its own
@@ -16,6 +17,7 @@ others are defined where they are computed. Times are seconds, lengths pixels, `
 """
 import json
 import math
+import os
 import sys
 from dataclasses import dataclass
 
@@ -400,11 +402,128 @@ def by_scenario(result, names, metric="traj_l2"):
     return "\n".join(lines)
 
 
+# The rows of PhysMaster's Table 1, then controls: (run folder, stage, the row it is compared with). See data/rows.sh.
+ROWS = {"1 base": ("base", 1, None),
+        "2 SFT DiT": ("row2", 1, "1 base"),
+        "3 SFT DiT + Enc (Stage I)": ("row3", 1, "2 SFT DiT"),
+        "4 SFT DiT, DPO DiT": ("row4", 2, "2 SFT DiT"),
+        "5 Stage I, DPO DiT (Stage II)": ("row8", 2, "3 SFT DiT + Enc (Stage I)"),
+        "6 Stage I, DPO Enc": ("row6", "head", "3 SFT DiT + Enc (Stage I)"),
+        "7 Stage I, DPO DiT + Enc": ("row7", 3, "3 SFT DiT + Enc (Stage I)"),
+        "8 Stage II, DPO Enc (Stage III)": ("row8", 3, "5 Stage I, DPO DiT (Stage II)"),
+        "9 Stage II, DPO DiT + Enc": ("row9", 3, "5 Stage I, DPO DiT (Stage II)"),
+        "Stage I goes on with truth": ("more", 1, "3 SFT DiT + Enc (Stage I)"),
+        "Stage I, SFT on winners": ("winners", 2, "3 SFT DiT + Enc (Stage I)"),
+        "Stage I, SFT of LoRA on truth": ("truth", 2, "3 SFT DiT + Enc (Stage I)"),
+        "Stage I, DPO with truth": ("best", 2, "3 SFT DiT + Enc (Stage I)")}
+ENDS = {1: "dit", 2: "lora2", 3: "head3", "head": "head3"}                           # a row's last file
+
+
+def over_seeds(values, median=False, draws=1000):
+    """(S, n) values of S training seeds on the same n clips, NaN where there are none -> dict(mean, low, high, n,
+    seeds): mean (or median) of all, and its 95 % bootstrap interval over seeds and clips, both drawn with replacement
+    (over clips alone if S is 1)."""
+    (S, n), g, ok = values.shape, common.generator("bootstrap", *values.shape), values.isfinite()
+    values = values.masked_fill(~ok, torch.nan)
+    if not ok.any():
+        return dict(mean=None, low=None, high=None, n=0, seeds=S)
+    seed, clip = torch.randint(S, (draws, S), generator=g), torch.randint(n, (draws, n), generator=g)
+    if median:
+        mean, again = values.nanmedian(), values[seed[:, :, None], clip[:, None]].flatten(1).nanmedian(1).values
+    else:                                          # how often each is drawn says it all
+        times = [torch.zeros(draws, k).scatter_add_(1, i, torch.ones(i.shape)) for k, i in ((S, seed), (n, clip))]
+        total = lambda x: (times[0] * (times[1] @ x.float().T)).sum(1)
+        mean, again = values.nanmean(), total(values.nan_to_num()) / total(ok)
+    low, high = again.nanquantile(torch.tensor([0.025, 0.975])).tolist()
+    return dict(mean=mean.item(), low=low, high=high, n=int(ok.any(0).sum()), seeds=S)
+
+
+def table_one(cfg, per_scenario, device, rank):
+    """Scores of all that lies in cfg.runs/SEED/, drawn where they are new, -> {row: {split: {metric: {...}}}}.
+
+    per_scenario: models, options -> {"drop, seen": {row: {metric: (n,)}}}, see main."""
+    scores = {}                                    # {row: [{split: {metric: (n,)}} of every seed]}
+    seeds = sorted((s for s in os.listdir(cfg.runs) if s.isdigit()), key=int) if os.path.isdir(cfg.runs) else []
+    first = True
+    for seed in seeds:
+        for row, (folder, stage, _) in ROWS.items():
+            place = f"{cfg.runs}/{seed}/{folder}"
+            if not os.path.exists(f"{place}/{ENDS[stage]}.safetensors"):
+                continue
+            models = sample.load_models(place, stage, device=device)
+            stage_one = folder == "row3"           # what choosing could reach is a row of its own
+            stamp = dict(weights=common.fingerprint(models.dit, models.encoder), best_of=4 if stage_one else 1,
+                         **{k: getattr(cfg, k) for k in ("scenarios", "n", "seed", "steps", "cfg", "temperature")})
+            path = f"{place}/{cfg.split}{stage}.safetensors"
+            if os.path.exists(path):
+                flat, made = common.read_weights(path)
+                for key in stamp:
+                    if made.get(key) != stamp[key]:
+                        raise common.InputError(f"{path} was made with another {key}; delete it or say what it was")
+            else:
+                if rank == 0:
+                    print(f"seed {seed}: {row}")
+                found = per_scenario({row: models}, dict(best_of=stamp["best_of"], references=first))
+                flat = {f"{name}|{where}|{k}": v.float().cpu() for where, rows in found.items()
+                        for name, metrics in rows.items() for k, v in metrics.items()}
+                if rank == 0:
+                    common.save_weights(path, flat, stamp)
+            first, tree = False, {}
+            for key, value in flat.items():
+                name, where, metric = key.split("|")
+                tree.setdefault(name, {}).setdefault(where, {})[metric] = value
+            for name, parts in tree.items():
+                scores.setdefault(name, {})[seed] = parts
+    if not scores:
+        raise common.InputError(f"--runs={cfg.runs} holds no rows; train them first: sh data/rows.sh 0")
+
+    def pooled(seeds, of):
+        """{seed: per-clip scores} -> {split: {metric: {...}}}; of(seed, where, metric) -> (n,)."""
+        some, result = next(iter(seeds.values())), {}
+        for split in ("seen", "unseen", "average"):
+            wheres = [w for w in some if split == "average" or w.endswith(", " + split)]
+            for name, group in [(split, wheres)] + [(w, [w]) for w in wheres if split != "average"]:
+                result[name] = {k: over_seeds(torch.stack([torch.cat([of(s, w, k) for w in group]) for s in seeds]),
+                                              k in MEDIANS) for k in some[group[0]]}
+        return result
+
+    order = lambda row: ([*ROWS].index(row.split(", oracle")[0]) if row.split(", oracle")[0] in ROWS else -1, row)
+    result = {row: pooled(scores[row], lambda s, w, k: scores[row][s][w][k]) for row in sorted(scores, key=order)}
+    for row, (_, _, parent) in ROWS.items():
+        both = {s: parts for s, parts in scores.get(row, {}).items() if s in scores.get(parent, {})}
+        if both:
+            result[f"{row} - {parent}, paired"] = pooled(
+                both, lambda s, w, k: scores[row][s][w][k] - scores[parent][s][w][k])
+    return result
+
+
+def brief(result):
+    """What table_one returns -> a short markdown table: a line a row, beside it the difference to its parent."""
+    def cell(row, split, metric, digits=4):
+        m = result.get(row, {}).get(split, {}).get(metric, dict(n=0))
+        return f"{m['mean']:.{digits}f} ± {(m['high'] - m['low']) / 2:.{digits}f}" if m["n"] else "-"
+    lines = ["| row | seeds | traj_l2 seen | unseen | average | to its parent, seen | unseen | PISA L2/CD/IoU, average "
+             "| vanish | PSNR |", "|" + "---|" * 10]
+    for row, splits in result.items():
+        if row.endswith(", paired"):
+            continue
+        paired = next((k for k in result if k.startswith(f"{row} - ")), "")
+        pisa = "/".join(f"{splits['average'][f'pisa_{k}']['mean']:.{d}f}" for k, d in
+                        (("l2", 4), ("chamfer", 3), ("iou", 3)))
+        lines.append("| " + " | ".join([row, str(splits["seen"]["traj_l2"]["seeds"]),
+                                        *(cell(row, s, "traj_l2") for s in ("seen", "unseen", "average")),
+                                        *(cell(paired, s, "traj_l2") for s in ("seen", "unseen")), pisa,
+                                        cell(row, "average", "vanish", 3), cell(row, "average", "psnr", 1)]) + " |")
+    return "\n".join(lines)
+
+
 @dataclass
 class Config:
     data: str = "data"              # folder with the weights: vae, backbone, dit, head1, lora2, head3 (.safetensors)
     stages: str = "1"               # which stages to evaluate, for example 1,2,3
     rows: str = ""                  # NAME=FOLDER:STAGE,... more rows, of run folders that hold all their weights
+    table: bool = False             # the rows of Table 1 instead, as trained by data/rows.sh, over all training seeds
+    runs: str = "out/rows"          # where those lie; scores are kept beside them, so that only what is new is drawn
     ckpt: str = ""                  # another DiT file instead of data/dit.safetensors
     head: str = ""                  # another physical head instead of data/head1.safetensors
     scenarios: str = "drop,collide,roll,support,dominoes"  # names in simdata.SCENARIOS; they share the scenes
@@ -453,15 +572,28 @@ def main():
     more = {}
     for row in filter(None, cfg.rows.split(",")):
         name, _, place = row.partition("=")
-        if not name or place[-2:] not in (":1", ":2", ":3"):
-            raise common.InputError(f"--rows: {row!r}: expected NAME=FOLDER:STAGE, for example plain=out/plain:1")
-        more[name] = place[:-2], int(place[-1])
+        folder, _, stage = place.rpartition(":")
+        if not name or not folder or stage not in ("1", "2", "3", "head"):
+            raise common.InputError(f"--rows: {row!r}: expected NAME=FOLDER:STAGE, for example plain=out/plain:1; a "
+                                    "stage is 1, 2, 3 or head (1 with head3)")
+        more[name] = folder, stage if stage == "head" else int(stage)
     device, rank, _ = common.setup(cfg.device)
+    options = dict(best_of=cfg.best_of, references=cfg.references, chunk=cfg.chunk, steps=cfg.steps, cfg=cfg.cfg,
+                   temperature=cfg.temperature, size=cfg.size, frames=cfg.frames, fps=cfg.fps)
+
+    def per_scenario(models, options):             # {"drop, seen": {row: {metric: (n,)}}}
+        return {f"{name}, {split}": evaluate(models, cfg.split, n, cfg.seed, split == "unseen", name, **options)
+                for split in ("seen", "unseen") for name, n in shares.items() if n}
+
+    if cfg.table:
+        result = table_one(cfg, lambda models, how: per_scenario(models, options | how), device, rank)
+        if rank == 0:
+            print(brief(result))
+        finish(cfg, result, rank)
+        return
     models = {f"Stage {'I' * int(s)}": sample.load_models(cfg.data, int(s), cfg.ckpt, cfg.head, device)
               for s in cfg.stages.split(",")}
     models |= {name: sample.load_models(*place, device=device) for name, place in more.items()}
-    options = dict(best_of=cfg.best_of, references=cfg.references, chunk=cfg.chunk, steps=cfg.steps, cfg=cfg.cfg,
-                   temperature=cfg.temperature, size=cfg.size, frames=cfg.frames, fps=cfg.fps)
     first = next(iter(models.values()))
     common.check_sides(cfg, ("size",), 2 * first.vae.stride)
     if first.dit.config["text"] == "features":
@@ -480,13 +612,10 @@ def main():
         if not per_row[cfg.clips]:
             raise common.InputError(f"--clips={cfg.clips}: no clip could be read")
     else:
-        per_row, each = {}, {}                     # {split: {row: {metric: (n,)}}}, of all scenarios and of each
-        for split, unseen in (("seen", False), ("unseen", True)):
-            parts = {f"{name}, {split}": evaluate(models, cfg.split, n, cfg.seed, unseen, name, **options)
-                     for name, n in shares.items() if n}
-            rows, each = next(iter(parts.values())), each | parts
-            per_row[split] = {row: {k: torch.cat([p[row][k] for p in parts.values()]) for k in rows[row]}
-                              for row in rows}
+        each = per_scenario(models, options)
+        rows = next(iter(each.values()))
+        per_row = {split: {row: {k: torch.cat([p[row][k] for where, p in each.items() if where.endswith(", " + split)])
+                                 for k in rows[row]} for row in rows} for split in ("seen", "unseen")}
     overall, result = list(per_row), {}
     if not cfg.clips and len(names) > 1:
         per_row |= each
@@ -502,6 +631,10 @@ def main():
         print(table({row: {k: splits[k] for k in overall} for row, splits in result.items()}))
         if len(per_row) > len(overall):
             print("\ntraj_l2 of each scenario:\n" + by_scenario(result, names))
+    finish(cfg, result, rank)
+
+
+def finish(cfg, result, rank):
     if cfg.json and rank == 0:
         with common.atomic(cfg.json) as tmp, open(tmp, "w") as f:
             json.dump(result, f, indent=1)

@@ -55,13 +55,14 @@ class Models:
 
 def load_models(data="data", stage=1, ckpt="", head="", device="cpu"):
     """The shipped components, up to a stage: 1 is dit + head1, 2 adds lora2, 3 swaps in head3. -> Models, frozen.
+    "head" is 1 with head3 (row 6 of PhysMaster's Table 1).
 
     ckpt, head: other files for the DiT and the physical head, for stage 1 alone: the deltas of 2 and 3 fit data's.
     Raises InputError if a file is missing or foreign."""
     from encoder import load_phys_encoder          # late: a wrong flag is refused without loading networks
     from model import VideoDiT, add_lora, load_lora, merge_lora
     from vae import load_vae
-    if stage > 1 and (ckpt or head):
+    if stage != 1 and (ckpt or head):
         raise InputError(f"stage {stage} changes the DiT and the head in {data}; other ones go with stage 1")
     ckpt = ckpt or f"{data}/dit.safetensors"
     with common.open_weights(ckpt) as (_, config):
@@ -72,7 +73,7 @@ def load_models(data="data", stage=1, ckpt="", head="", device="cpu"):
         dit = VideoDiT(config)
     common.load_weights(dit, ckpt, *((common.precision(torch.device(device)), device) if large else ()))
     dit = dit.to(device).eval().requires_grad_(False)
-    if stage >= 2:
+    if stage in (2, 3):
         tensors, lora = common.read_weights(f"{data}/lora2.safetensors")
         if "rank" not in lora:
             raise InputError(f"{data}/lora2.safetensors is not a LoRA of ours: its metadata has no rank")
@@ -80,7 +81,7 @@ def load_models(data="data", stage=1, ckpt="", head="", device="cpu"):
         merge_lora(dit).requires_grad_(False)
     encoder = None
     if dit.config["phys"]:
-        head = head or f"{data}/head{3 if stage == 3 else 1}.safetensors"
+        head = head or f"{data}/{'head3' if stage in (3, 'head') else 'head1'}.safetensors"
         encoder = load_phys_encoder(f"{data}/backbone.safetensors", head).to(device).eval().requires_grad_(False)
     vae = load_vae(f"{data}/vae.safetensors", device=device)
     return Models(vae, encoder, dit)

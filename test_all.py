@@ -2045,6 +2045,62 @@ def test_simdata_and_eval_commands(tmp_path):
             assert one["n"] == two["n"] and one["mean"] == pytest.approx(two["mean"], abs=0.02), (row, split)
 
 
+def test_table_of_rows(tmp_path):
+    """Rows of two training seeds: differences are paired by seed and clip, and what was drawn is kept."""
+    for seed, folder in ((0, "row3"), (0, "row6"), (1, "row3")):
+        shutil.copytree(f"{HERE}/data", tmp_path / f"out/rows/{seed}/{folder}")
+    head = common.read_weights(f"{HERE}/data/head1.safetensors")
+    common.save_weights(str(tmp_path / "out/rows/0/row6/head3.safetensors"), {k: 1.1 * v for k, v in head[0].items()},
+                        head[1])
+    flags = "--table", "--scenarios=roll", "--n=2", "--steps=2", "--device=cpu", "--json=table.json"
+    done = run("eval.py", *flags, cwd=tmp_path)
+    table = json.load(open(tmp_path / "table.json"))
+    one, six = (next(k for k in judge.ROWS if k.startswith(n)) for n in "36")
+    assert table[one]["seen"]["psnr"]["seeds"] == 2 and table[one]["average"]["psnr"]["n"] == 4
+    assert f"| {six} | 1 |" in done.stdout and "truth re-parsed" in table and f"{one}, oracle best of 4" in table
+    kept = [common.read_weights(str(tmp_path / f"out/rows/0/{row}.safetensors"))[0]
+            for row in ("row6/valhead", "row3/val1")]
+    psnr = [torch.cat([s[f"{row}|roll, {split}|psnr"] for split in ("seen", "unseen")])
+            for row, s in zip((six, one), kept)]
+    gain = table[f"{six} - {one}, paired"]["average"]["psnr"]
+    assert gain["seeds"] == 1 and gain["mean"] == pytest.approx((psnr[0] - psnr[1]).mean().item(), abs=1e-5)
+    assert gain["low"] <= gain["mean"] <= gain["high"] and gain["low"] != gain["high"]
+    again = run("eval.py", *flags, cwd=tmp_path)
+    assert again.stdout == "\n".join(x for x in done.stdout.split("\n") if not x.startswith("seed "))
+    refused("eval.py", *flags, "--n=3", cwd=tmp_path, says="another n;")
+    refused("eval.py", "--table", "--runs=nowhere", cwd=tmp_path, says="sh data/rows.sh")
+
+
+def test_rows_are_trained_as_the_table_reads_them():
+    """data/rows.sh has flags that there are, and trains every row of the table, each from what was trained before."""
+    env = {**os.environ, "PYTHON": "echo"}
+    lines = subprocess.run(["sh", f"{HERE}/data/rows.sh", "987"], env=env, capture_output=True, text=True, check=True)
+    made, ends = set(), {}
+    for script, *flags in map(str.split, lines.stdout.splitlines()):
+        module = {"sft.py": sft, "dpo.py": dpo}[script]
+        cfg = common.parse_config(module.Config, flags, module.PRESETS)
+        assert cfg.name.startswith("rows/987/") and cfg.seed == 987 and cfg.resume and cfg.name not in made
+        before = os.path.dirname(cfg.init_from) if module is sft else cfg.data
+        assert before in ("", *(f"out/{name}" for name in made)), cfg.name
+        made.add(cfg.name)
+        ends[cfg.name] = {1} if module is sft else {2} if cfg.stages == "2" else {"head"} if cfg.stages == "head" \
+            else {2, 3} if "2" in cfg.stages else {3}
+    for row, (folder, stage, parent) in judge.ROWS.items():
+        assert stage in ends[f"rows/987/{folder}"] and parent in (None, *judge.ROWS), row
+
+
+def test_intervals_over_seeds_hold_the_truth():
+    """Where seeds differ by 1 and clips by 1: 95 % intervals of 8 seeds hold the true mean about as often."""
+    g, held = torch.Generator().manual_seed(0), 0
+    for _ in range(100):
+        values = torch.randn(8, 1, generator=g) + torch.randn(1, 60, generator=g) + torch.randn(8, 60, generator=g)
+        m = judge.over_seeds(values, draws=200)
+        held += m["low"] < 0 < m["high"]
+    assert 82 <= held <= 99                        # few seeds: a little too narrow
+    flat = judge.over_seeds(torch.tensor([[1.0, 2.0, math.nan]]))
+    assert flat["mean"] == 1.5 and flat["n"] == 2 and flat["seeds"] == 1
+
+
 def test_sample_command(tmp_path):
     for name in ("a.mp4", "b.mp4", "c.gif", "d.webp"):
         run("sample.py", f"{HERE}/data/drop.png", f"--data={HERE}/data", f"--out={name}", "--steps=4", "--seed=5",
