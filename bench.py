@@ -554,9 +554,10 @@ class Alive(TorchDispatchMode):
         return out
 
 
-def count_step(stage, config, backbone, latent, ranks=1):
+def count_step(stage, config, backbone, latent, ranks=1, second_model=False):
     """Two training steps of Stage I (all weights) or II (LoRA, winner and loser in turn) with batch 1 a rank, blocks
     computed again in the backward pass, bf16 as on a GPU. latent: (frames after frame 0, height, width).
+    second_model: Stage II's reference is a copy of DiT and head, not of what is trained.
     -> bytes kept between steps, bytes at the peak; on each of the ranks, if FSDP2 shards what is trained over them."""
     M.rotary_table.cache_clear()
     alive, (k, h, w) = Alive(), latent
@@ -575,7 +576,8 @@ def count_step(stage, config, backbone, latent, ranks=1):
         else:
             net = sft.StageOne(dit, encoder)
         trained = {n: p for n, p in net.named_parameters() if p.requires_grad}
-        second = {n: p.detach().clone() for n, p in trained.items()}                 # the reference, or the average
+        kept_twice = dict(net.named_parameters()) if second_model else trained
+        second = {n: p.detach().clone() for n, p in kept_twice.items()}              # the reference, or the average
         optimizer = torch.optim.AdamW(trained.values(), foreach=False)
         C, side = config["in_dim"], E.CONFIGS[backbone]["input_size"]
         first, clips = torch.randn(1, C, 1, h, w), [torch.randn(1, C, k, h, w) for _ in range(2)]
@@ -616,6 +618,12 @@ def memory(cfg, device):
                                     ranks)
         print(f"{name}, Stage {'I' * stage}, 49 frames of {width} x {height}, batch 1 on each of {ranks}: "
               f"{(kept + vae) / 1e9:.1f} GB between steps, peak {(peak + vae) / 1e9:.1f} GB")
+        if stage == 2:
+            with FakeTensorMode():
+                _, more = count_step(stage, M.CONFIGS[name], "dinov2_vitb14", (12, height // stride, width // stride),
+                                     second_model=True)
+            print(f"    with a second model as the reference: peak {(more + vae) / 1e9:.1f} GB, "
+                  f"{(more + vae) / (peak + vae):.2f}x")
 
 
 def main():
