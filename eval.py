@@ -402,7 +402,8 @@ def by_scenario(result, names, metric="traj_l2"):
     return "\n".join(lines)
 
 
-# The rows of PhysMaster's Table 1, then controls: (run folder, stage, the row it is compared with). See data/rows.sh.
+# Rows that data/rows.sh trains: (run folder, stage, the row it is compared with). PhysMaster's Table 1, then controls,
+# then what makes the encoder matter.
 ROWS = {"1 base": ("base", 1, None),
         "2 SFT DiT": ("row2", 1, "1 base"),
         "3 SFT DiT + Enc (Stage I)": ("row3", 1, "2 SFT DiT"),
@@ -415,7 +416,17 @@ ROWS = {"1 base": ("base", 1, None),
         "Stage I goes on with truth": ("more", 1, "3 SFT DiT + Enc (Stage I)"),
         "Stage I, SFT on winners": ("winners", 2, "3 SFT DiT + Enc (Stage I)"),
         "Stage I, SFT of LoRA on truth": ("truth", 2, "3 SFT DiT + Enc (Stage I)"),
-        "Stage I, DPO with truth": ("best", 2, "3 SFT DiT + Enc (Stage I)")}
+        "Stage I, DPO with truth": ("best", 2, "3 SFT DiT + Enc (Stage I)"),
+        "encoder: backbone untrained": ("random", 1, "2 SFT DiT"),
+        "encoder: DINOv2": ("dino", 1, "2 SFT DiT"),
+        "encoder: ours, foretelling": ("foretold", 1, "2 SFT DiT"),
+        "encoder: DINOv2, foretelling": ("dino_foretold", 1, "2 SFT DiT"),
+        "960 clips: none": ("few_plain", 1, "2 SFT DiT"),
+        "960 clips: the paper's": ("few_paper", 1, "960 clips: none"),
+        "960 clips: foretelling": ("few_foretold", 1, "960 clips: none"),
+        "tiny DiT: none": ("tiny_plain", 1, "2 SFT DiT"),
+        "tiny DiT: the paper's": ("tiny_paper", 1, "tiny DiT: none"),
+        "tiny DiT: foretelling": ("tiny_foretold", 1, "tiny DiT: none")}
 ENDS = {1: "dit", 2: "lora2", 3: "head3", "head": "head3"}                           # a row's last file
 
 
@@ -475,7 +486,7 @@ def table_one(cfg, per_scenario, device, rank):
             for name, parts in tree.items():
                 scores.setdefault(name, {})[seed] = parts
     if not scores:
-        raise common.InputError(f"--runs={cfg.runs} holds no rows; train them first: sh data/rows.sh 0")
+        raise common.InputError(f"--runs={cfg.runs} holds no rows; train them first: sh data/rows.sh table 0")
 
     def pooled(seeds, of):
         """{seed: per-clip scores} -> {split: {metric: {...}}}; of(seed, where, metric) -> (n,)."""

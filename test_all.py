@@ -2068,23 +2068,40 @@ def test_table_of_rows(tmp_path):
     again = run("eval.py", *flags, cwd=tmp_path)
     assert again.stdout == "\n".join(x for x in done.stdout.split("\n") if not x.startswith("seed "))
     refused("eval.py", *flags, "--n=3", cwd=tmp_path, says="another n;")
-    refused("eval.py", "--table", "--runs=nowhere", cwd=tmp_path, says="sh data/rows.sh")
+    refused("eval.py", "--table", "--runs=nowhere", cwd=tmp_path, says="sh data/rows.sh table 0")
+
+
+def test_a_published_backbone_joins_nano(tmp_path):
+    """data/fetch.py puts a DINOv2 beside nano's VAE, and the folder serves Stage I: its features, at nano's 112 px."""
+    torch.manual_seed(0)
+    theirs = E.DINOv2(E.CONFIGS["dinov2_vits14"])
+    common.save_weights(str(tmp_path / "dino.safetensors"), theirs, {})
+    run("data/fetch.py", "--model=nano", "--backbone=dino.safetensors", "--encoder=dinov2_vits14", "--input_size=112",
+        "--out=dino", cwd=tmp_path)
+    encoder = E.load_phys_encoder(str(tmp_path / "dino/backbone.safetensors"), config={"out_dim": 8})
+    assert encoder.config["input_size"] == 112
+    photo = torch.rand(1, 3, 112, 112)
+    assert torch.equal(theirs(photo)[-1], encoder.backbone(photo)[-1])
+    assert (tmp_path / "dino/vae.safetensors").read_bytes() == open(f"{HERE}/data/vae.safetensors", "rb").read()
+    refused("data/fetch.py", "--model=micro", cwd=tmp_path, says="expected one of nano")
 
 
 def test_rows_are_trained_as_the_table_reads_them():
     """data/rows.sh has flags that there are, and trains every row of the table, each from what was trained before."""
-    env = {**os.environ, "PYTHON": "echo"}
-    lines = subprocess.run(["sh", f"{HERE}/data/rows.sh", "987"], env=env, capture_output=True, text=True, check=True)
-    made, ends = set(), {}
-    for script, *flags in map(str.split, lines.stdout.splitlines()):
-        module = {"sft.py": sft, "dpo.py": dpo}[script]
-        cfg = common.parse_config(module.Config, flags, module.PRESETS)
-        assert cfg.name.startswith("rows/987/") and cfg.seed == 987 and cfg.resume and cfg.name not in made
-        before = os.path.dirname(cfg.init_from) if module is sft else cfg.data
-        assert before in ("", *(f"out/{name}" for name in made)), cfg.name
-        made.add(cfg.name)
-        ends[cfg.name] = {1} if module is sft else {2} if cfg.stages == "2" else {"head"} if cfg.stages == "head" \
-            else {2, 3} if "2" in cfg.stages else {3}
+    env, made, ends = {**os.environ, "PYTHON": "echo", "DINO": "file"}, set(), {}
+    for what in ("table", "encoder"):
+        lines = subprocess.run(["sh", f"{HERE}/data/rows.sh", what, "987"], env=env, stdout=-1, text=True, check=True)
+        for script, *flags in map(str.split, lines.stdout.splitlines()):
+            if script not in ("sft.py", "dpo.py"):
+                continue                           # what prepares a backbone
+            module = {"sft.py": sft, "dpo.py": dpo}[script]
+            cfg = common.parse_config(module.Config, flags, module.PRESETS)
+            assert cfg.name.startswith("rows/987/") and cfg.seed == 987 and cfg.resume
+            before = os.path.dirname(cfg.init_from) if module is sft else cfg.data
+            assert before in ("", *(f"out/{name}" for name in made)), cfg.name
+            made.add(cfg.name)
+            ends[cfg.name] = {1} if module is sft else {2} if cfg.stages == "2" else {"head"} \
+                if cfg.stages == "head" else {2, 3} if "2" in cfg.stages else {3}
     for row, (folder, stage, parent) in judge.ROWS.items():
         assert stage in ends[f"rows/987/{folder}"] and parent in (None, *judge.ROWS), row
 

@@ -3,6 +3,7 @@ Published weights as a folder that every stage takes as --data: vae, dit and bac
 
     python data/fetch.py --model=wan5b --backbone=depth_anything_v2_vits.pth        # downloads Wan and umT5
     python data/fetch.py --model=wan1.3b --weights=Wan2.1-T2V-1.3B --backbone=dinov2_vits14_pretrain.pth
+    python data/fetch.py --model=nano --backbone=dinov2_vits14_pretrain.pth --input_size=112    # beside nano's VAE
     torchrun --nproc_per_node=8 sft.py --preset=wan5b --fsdp=True
 
 --weights is a folder with the official files or diffusers' version of them; without it they come from the Hub, which
@@ -28,7 +29,7 @@ HUB = {"wan5b": "Wan-AI/Wan2.2-TI2V-5B-Diffusers", "wan1.3b": "Wan-AI/Wan2.1-T2V
 
 @dataclass
 class Config:
-    model: str = "wan5b"            # wan5b, or wan1.3b, which Stage I teaches to start from an image
+    model: str = "wan5b"            # wan5b; wan1.3b, which Stage I teaches to start from an image; nano, without a DiT
     weights: str = ""               # a folder with the model's files; empty: they are downloaded
     backbone: str = ""              # a DINOv2 or Depth Anything V2 file or folder; empty: nano's
     encoder: str = ""               # which one it is, a name in encoder.CONFIGS; empty: the one its file is named after
@@ -38,8 +39,8 @@ class Config:
 
 def main():
     cfg = common.parse_config(Config, sys.argv[1:])
-    if cfg.model not in HUB:
-        raise InputError(f"--model={cfg.model}: expected one of {', '.join(HUB)}")
+    if cfg.model not in ("nano", *HUB):
+        raise InputError(f"--model={cfg.model}: expected one of nano, {', '.join(HUB)}")
     # the longest name that the file's begins with: dinov2_vits14_reg4_pretrain.pth is a dinov2_vits14_reg4
     stem = os.path.basename(cfg.backbone.rstrip("/"))
     name = cfg.encoder or max((k for k in E.CONFIGS if cfg.backbone and stem.startswith(k)), key=len, default="nano")
@@ -51,7 +52,7 @@ def main():
         raise InputError(f"--input_size={cfg.input_size}: expected a multiple of {patch}, the backbone's patch")
     out, weights = cfg.out or f"out/{cfg.model}_data", cfg.weights
     common.make_dir(out)
-    if not weights:
+    if not weights and cfg.model != "nano":
         try:
             from huggingface_hub import snapshot_download
             from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -71,6 +72,11 @@ def main():
     else:
         with common.atomic(f"{out}/backbone.safetensors") as tmp:
             shutil.copy(f"{HERE}/data/backbone.safetensors", tmp)
+    if cfg.model == "nano":
+        with common.atomic(f"{out}/vae.safetensors") as tmp:
+            shutil.copy(f"{HERE}/data/vae.safetensors", tmp)
+        print(f"wrote vae and backbone ({name}) to {out}/")
+        return
     models = sample.load_published(weights, cfg.model, dtype=torch.bfloat16)
     common.save_weights(f"{out}/vae.safetensors", models.vae, models.vae.config)
     common.save_weights(f"{out}/dit.safetensors", models.dit, models.dit.config)

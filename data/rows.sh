@@ -1,38 +1,74 @@
 #!/bin/sh
-# The nine rows of PhysMaster's Table 1 and their controls, from the shipped VAE and backbone, for the training seeds given:
-#     sh data/rows.sh 0 1 2                 # about 80 minutes a seed on two cores of an EPYC; then: python eval.py --table
+# What each part does to physics, one row a run, from the shipped VAE and backbone, for the training seeds given:
+#     sh data/rows.sh table 0 1 2           # the nine rows of PhysMaster's Table 1 and their controls
+#     sh data/rows.sh encoder 0             # what makes the encoder matter; DINO=FILE adds a real DINOv2 ViT-S/14
+#     python eval.py --table --split=test   # how they all did
 # Rows of a seed share the base, Stage I and its pairs; all seeds share the clips. What is done is left alone, what was cut
 # off goes on. LAUNCH="torchrun --nproc_per_node=2" spreads the preference stages over processes.
 set -e
 cd "$(dirname "$0")/.."
+python=${PYTHON:-python}
 
 sft() {                                     # a run of Stage I: its name, then its flags
     name=rows/$seed/$1; shift
-    [ -e "out/$name/dit.safetensors" ] || ${PYTHON:-python} sft.py --resume=True --name="$name" --seed="$seed" \
-        --steps=800 --eval_every=800 --foretell=False "$@"
+    [ -e "out/$name/dit.safetensors" ] || $python sft.py --resume=True --name="$name" --seed="$seed" \
+        --steps=800 --eval_every=800 "$@"
 }
 dpo() {                                     # a run of preferences: its name, the file that ends it, then its flags
     name=rows/$seed/$1; last=$2; shift 2
-    [ -e "out/$name/$last.safetensors" ] || ${LAUNCH:-${PYTHON:-python}} dpo.py --resume=True --name="$name" \
-        --seed="$seed" "$@"
+    [ -e "out/$name/$last.safetensors" ] || ${LAUNCH:-$python} dpo.py --resume=True --name="$name" --seed="$seed" \
+        --pairs=640 --steps=300 --eval_every=100 "$@"
 }
 
-for seed in "$@"; do
-    rows=out/rows/$seed
+table() {
+    paper="--foretell=False"                # PhysMaster's encoder speaks of what is seen alone
     I="--data=$rows/row3 --pool=$rows/pairs3"
-    sft base --phys=False --physics=False --pool=out/pool_base             # 1: things move, but do not fall
-    sft row2 --phys=False --init_from=$rows/base/dit.safetensors           # 2: SFT of the DiT
-    sft row3 --init_from=$rows/base/dit.safetensors                        # 3: SFT of DiT and encoder: Stage I
+    sft row3 $paper --init_from=$rows/base/dit.safetensors                 # 3: SFT of DiT and encoder: Stage I
     dpo row4 lora2 --data=$rows/row2 --pool=$rows/pairs2 --stages=2        # 4: row 2, DPO of the DiT
     dpo row8 head3 $I                                                      # 5 and 8: Stages II and III
     dpo row6 head3 $I --stages=head                                        # 6: Stage I, DPO of the encoder
     dpo row7 head3 $I --stages=both                                        # 7: Stage I, DPO of both
     dpo row9 head3 $I --stages=2,both                                      # 9: Stage II, DPO of both
-    # Controls, after Stage I. 360 steps on truth take as many passes through the DiT as Stage II with its pairs does:
-    # 320 scenes x 4 candidates x 12 sampler steps, and 150 steps x 16 pairs x 2 clips x (2 forward, 2 backward)
-    sft more --init_from=$rows/row3/dit.safetensors --steps=360 --eval_every=360 --lr=2e-3 --adam_lr=1e-3 --warmup=40
+    # Controls, after Stage I. 720 steps on truth take as many passes through the DiT as Stage II with its pairs does:
+    # 640 scenes x 4 candidates x 12 sampler steps, and 300 steps x 16 pairs x 2 clips x (2 forward, 2 backward)
+    sft more $paper --init_from=$rows/row3/dit.safetensors --steps=720 --eval_every=720 --lr=2e-3 --adam_lr=1e-3
     dpo winners lora2 $I --stages=2 --beta=0                               # SFT on the winners alone
     T="--data=$rows/row3 --pool=$rows/pairs3t --stages=2 --truth=True"
     dpo best lora2 $T                                                      # DPO, the truth a candidate
     dpo truth lora2 $T --beta=0                                            # SFT of the LoRA on the truth
+}
+
+encoder() {
+    from="--init_from=$rows/base/dit.safetensors" few="--clips=960 --pool=out/pool_few"
+    sft row3 $from --foretell=False                                        # the paper's encoder, on our backbone
+    sft foretold $from                                                     # and what its readout foretells
+    [ -e out/random/vae.safetensors ] || {                                 # a backbone that was never trained
+        $python encoder.py --name=random --scenes=6400 --steps=1 --lr=0 --adam_lr=0
+        $python -c 'import shutil; shutil.copy("data/vae.safetensors", "out/random")'
+    }
+    sft random $from --foretell=False --data=out/random
+    if [ -n "$DINO" ]; then
+        [ -e out/dino/readout.safetensors ] || {
+            $python data/fetch.py --model=nano --backbone="$DINO" --encoder=dinov2_vits14 --input_size=112 --out=out/dino
+            $python encoder.py --name=dino --scenes=6400 --backbone=out/dino/backbone.safetensors
+        }
+        sft dino $from --foretell=False --data=out/dino
+        sft dino_foretold $from --data=out/dino
+    fi
+    sft few_plain $from $few --phys=False                                  # an eighth of the clips
+    sft few_paper $from $few --foretell=False
+    sft few_foretold $from $few
+    sft tiny_base --model=tiny --phys=False --physics=False --pool=out/pool_base                    # a fifth of the DiT
+    from="--init_from=$rows/tiny_base/dit.safetensors --model=tiny"
+    sft tiny_plain $from --phys=False
+    sft tiny_paper $from --foretell=False
+    sft tiny_foretold $from
+}
+
+what=$1; shift
+for seed in "$@"; do
+    rows=out/rows/$seed
+    sft base --phys=False --physics=False --pool=out/pool_base             # 1: things move, but do not fall
+    sft row2 --phys=False --init_from=$rows/base/dit.safetensors           # 2: SFT of the DiT
+    $what
 done
