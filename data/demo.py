@@ -3,7 +3,7 @@ Write data/demo.gif, the README's moving picture: the scenes of data/examples.py
 what the shipped weights make of the first frame and its caption, noise seed 0.
 
     python data/demo.py
-    python data/demo.py --stage=3
+    python data/demo.py --rows=out/rows/0/base:1,out/rows/0/row3:1,out/rows/0/row8:2 --out=stages.gif    # a row of each
 """
 import os
 import sys
@@ -22,18 +22,22 @@ from examples import SCENES, clip
 
 @dataclass
 class Config:
-    stage: int = sample.DEFAULT_STAGE              # 1, 2 or 3
+    rows: str = f"{HERE}:{sample.DEFAULT_STAGE}"     # FOLDER:STAGE,... of weights, a row each
     out: str = f"{HERE}/demo.gif"                  # .gif, .mp4 or .webp
 
 
 def main():
     cfg = common.parse_config(Config, sys.argv[1:])
-    models = sample.load_models(HERE, cfg.stage)
     parts = [clip(*scene, photo=simdata.PHOTO) for scene in SCENES.values()]
     truth = torch.cat([p["video"] for p in parts])
-    video = sample.generate(models, truth[:, :, 0], [p["caption"][0] for p in parts], [0] * len(parts),
-                            temperature=sample.DEFAULT_TEMPERATURE, photo=torch.cat([p["photo"] for p in parts]))
-    frames = common.grid([common.to_uint8(v) for v in (*truth, *video)], len(parts))
+    films, photo = [*truth], torch.cat([p["photo"] for p in parts])
+    for folder, _, stage in (row.rpartition(":") for row in cfg.rows.split(",")):
+        if stage not in ("1", "2", "3"):
+            raise common.InputError(f"--rows={cfg.rows}: expected FOLDER:STAGE,..., for example data:1,data:2")
+        models = sample.load_models(folder, int(stage))
+        films += sample.generate(models, truth[:, :, 0], [p["caption"][0] for p in parts], [0] * len(parts),
+                                 temperature=sample.DEFAULT_TEMPERATURE, photo=photo)
+    frames = common.grid([common.to_uint8(v) for v in films], len(parts))
     frames = np.concatenate([frames, frames[-1:].repeat(12, 0)])                     # rest a moment before it restarts
     common.write_video(cfg.out, frames, fps=16, scale=2)
     print(f"wrote {cfg.out}")

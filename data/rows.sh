@@ -33,6 +33,7 @@ table() {
     # 640 scenes x 4 candidates x 12 sampler steps, and 300 steps x 16 pairs x 2 clips x (2 forward, 2 backward)
     sft more $paper --init_from=$rows/row3/dit.safetensors --steps=720 --eval_every=720 --lr=2e-3 --adam_lr=1e-3
     dpo winners lora2 $I --stages=2 --beta=0                               # SFT on the winners alone
+    dpo plain lora2 $I --stages=2 --sft=0 --beta=500                       # the paper's loss alone, held less firmly
     T="--data=$rows/row3 --pool=$rows/pairs3t --stages=2 --truth=True"
     dpo best lora2 $T                                                      # DPO, the truth a candidate
     dpo truth lora2 $T --beta=0                                            # SFT of the LoRA on the truth
