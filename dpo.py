@@ -51,7 +51,7 @@ class Config:
     rounds: int = 1                 # how often: new pairs, all stages
     pool: str = "out/pairs"         # folder of preference pairs; made if it lacks shards
     scenarios: str = "drop,collide,roll,support,dominoes"  # names in simdata.SCENARIOS; they take turns
-    pairs: int = 320                # scenes to draw candidates for; those without a clear winner are dropped
+    pairs: int = 1280               # scenes to draw candidates for; those without a clear winner are dropped
     size: int = 64                  # pixels a side of the clips
     frames: int = 25                # of a clip, 1 + 4k
     fps: int = 16                   # of the clips
@@ -65,14 +65,14 @@ class Config:
     shift: float = 5.0              # of the training times, as in Stage I
     rank: int = 16                  # of the LoRA
     alpha: int = 32                 # of the LoRA
-    steps: int = 150                # optimizer steps per stage
+    steps: int = 500                # optimizer steps per stage
     batch: int = 16                 # pairs a step, over all ranks
     lr: float = 1e-4                # peak learning rate of Stage II
     lr_head: float = 3e-5           # peak learning rate of Stage III
     warmup: int = 20                # steps
     log_every: int = 5              # steps
-    eval_every: int = 50            # steps between val scores and checkpoints
-    eval_clips: int = 80            # val clips that are sampled then
+    eval_every: int = 125           # steps between val scores and checkpoints
+    eval_clips: int = 160           # val clips that are sampled then
     checkpointing: bool = False     # compute activations again in the backward pass instead of keeping them
     in_turn: bool = False           # winner and loser one after the other: less memory, a quarter more work
     seed: int = 0                   # of pairs, order, noise

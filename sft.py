@@ -55,7 +55,7 @@ class Config:
     phys: bool = True               # with the PhysEncoder; False trains the plain DiT
     foretell: bool = True           # physical tokens for the frames to come, too (needs readout.safetensors)
     forced: bool = True             # those say the truth in training, where it is known; else what the readout says
-    steps: int = 1600               # optimizer steps
+    steps: int = 3200               # optimizer steps
     batch: int = 32                 # clips a step, over all ranks
     accumulate: int = 1             # micro-batches a step and rank, for less memory
     lr: float = 6e-3                # peak learning rate of Muon: the matrices inside the blocks
@@ -67,8 +67,8 @@ class Config:
     drop_text: float = 0.1          # fraction of captions left empty, so that --cfg means something
     ema: float = 0.999              # decay of the weight average that is evaluated and shipped
     log_every: int = 25             # steps
-    eval_every: int = 400           # steps between samples, checkpoints and val scores
-    eval_clips: int = 40            # val clips that are sampled then
+    eval_every: int = 800           # steps between samples, checkpoints and val scores
+    eval_clips: int = 80            # val clips that are sampled then
     seed: int = 0                   # of weights, order, noise
     checkpointing: bool = False     # compute activations again in the backward pass instead of keeping them
     fsdp: bool = False              # shard weights and optimizer over the ranks (FSDP2) instead of copying them (DDP)

@@ -17,7 +17,7 @@ sft() {                                     # a run of Stage I: its name, then i
 dpo() {                                     # a run of preferences: its name, the file that ends it, then its flags
     name=rows/$seed/$1; last=$2; shift 2
     [ -e "out/$name/$last.safetensors" ] || ${LAUNCH:-$python} dpo.py --resume=True --name="$name" --seed="$seed" \
-        --pairs=640 --steps=300 --eval_every=100 "$@"
+        --pairs=640 --steps=300 --eval_every=100 --eval_clips=80 "$@"
 }
 
 table() {
