@@ -454,7 +454,7 @@ def table_one(cfg, per_scenario, device, rank):
     """Scores of all that lies in cfg.runs/SEED/, drawn where they are new, -> {row: {split: {metric: {...}}}}.
 
     per_scenario: models, options -> {"drop, seen": {row: {metric: (n,)}}}, see main."""
-    scores = {}                                    # {row: [{split: {metric: (n,)}} of every seed]}
+    scores = {}                                    # {row: {seed: {"drop, seen": {metric: (n,)}}}}
     seeds = sorted((s for s in os.listdir(cfg.runs) if s.isdigit()), key=int) if os.path.isdir(cfg.runs) else []
     first = True
     for seed in seeds:
