@@ -20,8 +20,8 @@ one flat list, so a scene in flight costs next to nothing. Units are SI, z is up
 
 Why not small-step XPBD (Mueller et al. 2020)? Measured on the same contacts (bench.py --only=solvers): contact after
 contact, as published, it bounces and slides within 1.1 % at 960 Hz, but runs at a tenth of the speed in a batch, its
-towers of five boxes move by 30 mm in two seconds (here 0.1), and penetration becomes speed. All contacts at once, one
-pass does not spread an impulse over the corners of a box, and flat boxes do not bounce.
+tower of five boxes moves by 30 mm in two seconds (here 0.1), and in a few scenes penetration becomes speed. All
+contacts at once, one pass does not spread an impulse over the corners of a box, and flat boxes do not bounce.
 """
 import math
 import os
