@@ -8,6 +8,7 @@ the same thing.
     python bench.py --only=peers          # the world beside PyBullet with TinyRenderer, and MuJoCo
     python bench.py --only=pybullet       # the simulator's outcomes beside PyBullet's, no times; five minutes
     python bench.py --only=compiled       # whether torch.compile pays in the world
+    python bench.py --only=profile        # where the world's time goes
     python bench.py --only=solvers        # the world's contact solver beside small-step XPBD; eight minutes
 
 The peers are diffusers' classes with the same random weights; without diffusers only our times are shown, and without
@@ -42,7 +43,7 @@ import vae as V
 
 @dataclass
 class Config:
-    only: str = "all"               # all, world, peers, pybullet, compiled, solvers, vae, dit, sample or memory
+    only: str = "all"               # all, world, peers, pybullet, compiled, profile, solvers, vae, dit, sample, memory
     repeat: int = 5                 # timed repetitions, after one warm-up
     batch: int = 32                 # clips
     data: str = "data"              # folder with the shipped weights
@@ -312,6 +313,32 @@ def compiled(cfg, device):
             print(f"{name}: eager {n / t:.0f}, compiled {n / u:.0f} clips/s, {t / u:.2f}x; of all numbers "
                   f"{100 * (off > 1e-3).float().mean():.4f} % differ by more than 0.001")
     torch.set_num_threads(threads)
+
+
+def profile(cfg, device):
+    """Where the time goes when 4,096 scenes of mixed() are simulated, 17 frames, one thread: shares of the whole."""
+    parts = {"contacts' geometry": (simdata.Contacts, "detect"), "setting up impulses": (simdata.Impulses, "__init__"),
+             "solving for them": (simdata.Impulses, "solve")}
+    spent, threads = dict.fromkeys(parts, 0.0), torch.get_num_threads()
+
+    def timed(name, f):
+        def run(*given):
+            begin = time.perf_counter()
+            value = f(*given)
+            spent[name] += time.perf_counter() - begin
+            return value
+        return run
+    torch.set_num_threads(1)
+    with mock.patch.dict(simdata.SCENARIOS, mixed=mixed), contextlib.ExitStack() as stack:
+        scene, _ = simdata.make_scene("mixed", 4096, 0, device=device)
+        for name, (owner, method) in parts.items():
+            stack.enter_context(mock.patch.object(owner, method, timed(name, getattr(owner, method))))
+        begin = time.perf_counter()
+        simdata.simulate(scene, 17, 16)
+        total = time.perf_counter() - begin
+    torch.set_num_threads(threads)
+    print(f"4,096 scenes in {total:.1f} s: " + ", ".join(f"{k} {100 * t / total:.0f} %" for k, t in spent.items())
+          + f", all else {100 * (1 - sum(spent.values()) / total):.0f} %")
 
 
 def xpbd(scene, frames, fps, rate, sweep):
@@ -631,7 +658,7 @@ def main():
     cfg = common.parse_config(Config, sys.argv[1:])
     common.check_range(cfg, repeat=(1, 1000), batch=(1, 4096))
     parts = {"world": world, "peers": peers, "pybullet": pybullet, "compiled": compiled,
-             "solvers": solvers, "vae": vae, "dit": dit, "sample": sampling, "memory": memory}
+             "profile": profile, "solvers": solvers, "vae": vae, "dit": dit, "sample": sampling, "memory": memory}
     if cfg.only not in ("all", *parts):
         raise common.InputError(f"--only={cfg.only}: expected all, {', '.join(parts)}")
     device, _, _ = common.setup(cfg.device)

@@ -465,13 +465,14 @@ def table_one(cfg, per_scenario, device, rank):
             models = sample.load_models(place, stage, device=device)
             stage_one = folder == "row3"           # what choosing could reach is a row of its own
             stamp = dict(weights=common.fingerprint(models.dit, models.encoder), best_of=4 if stage_one else 1,
-                         **{k: getattr(cfg, k) for k in ("scenarios", "n", "seed", "steps", "cfg", "temperature")})
+                         **{k: getattr(cfg, k) for k in ("scenarios", "n", "seed", "steps", "cfg", "temperature",
+                                                         "size", "frames", "fps")})
             path = f"{place}/{cfg.split}{stage}.safetensors"
             if os.path.exists(path):
                 flat, made = common.read_weights(path)
                 for key in stamp:
                     if made.get(key) != stamp[key]:
-                        raise common.InputError(f"{path} was made with another {key}; delete it or say what it was")
+                        raise common.InputError(f"{path} was made with another {key}; delete it to judge anew")
             else:
                 if rank == 0:
                     print(f"seed {seed}: {row}")
@@ -581,6 +582,9 @@ def main():
         if "mask" not in folder.truth:
             raise common.InputError(f"--clips={cfg.clips}: not all clips have a mask; expected NAME.npz with at least "
                                     "the masks of the bodies, by which they are found again")
+    if cfg.table and (cfg.clips or cfg.rows):
+        raise common.InputError("--table judges what lies in --runs on simulated clips; expected neither --clips nor "
+                                "--rows beside it")
     more = {}
     for row in filter(None, cfg.rows.split(",")):
         name, _, place = row.partition("=")

@@ -2069,6 +2069,7 @@ def test_table_of_rows(tmp_path):
     assert again.stdout == "\n".join(x for x in done.stdout.split("\n") if not x.startswith("seed "))
     refused("eval.py", *flags, "--n=3", cwd=tmp_path, says="another n;")
     refused("eval.py", "--table", "--runs=nowhere", cwd=tmp_path, says="sh data/rows.sh table 0")
+    refused("eval.py", "--table", "--rows=plain=out/plain:1", cwd=tmp_path, says="neither --clips nor --rows")
 
 
 def test_a_published_backbone_joins_nano(tmp_path):
@@ -2102,6 +2103,9 @@ def test_rows_are_trained_as_the_table_reads_them():
             made.add(cfg.name)
             ends[cfg.name] = {1} if module is sft else {2} if cfg.stages == "2" else {"head"} \
                 if cfg.stages == "head" else {2, 3} if "2" in cfg.stages else {3}
+    for wrong in ([], ["0"], ["table"], ["table", "one"], ["rows", "0"]):
+        done = subprocess.run(["sh", f"{HERE}/data/rows.sh", *wrong], env=env, capture_output=True, text=True)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1) and "expected table" in done.stderr
     for row, (folder, stage, parent) in judge.ROWS.items():
         assert stage in ends[f"rows/987/{folder}"] and parent in (None, *judge.ROWS), row
 
@@ -2238,6 +2242,8 @@ def test_bad_input_is_refused(tmp_path):
     assert alone.returncode == 2 and alone.stderr.startswith("error: none.png does not exist;")
     assert alone.stderr.count("\n") == 1
     refused("eval.py", "--rows=out/plain", cwd=tmp_path, says="expected NAME=FOLDER:STAGE")
+    done = subprocess.run([sys.executable, f"{HERE}/data/demo.py", "--rows=out/plain"], capture_output=True, text=True)
+    assert done.returncode == 2 and re.fullmatch("error: .*expected FOLDER:STAGE.*\n", done.stderr)
     refused("eval.py", "--scenarios=drop,fly", cwd=tmp_path, says="'fly' is unknown")
     refused("sft.py", "--scenarios=drop,fly", cwd=tmp_path, says="'fly' is unknown")
     refused("eval.py", "--split=train", cwd=tmp_path, says="val or test")

@@ -28,12 +28,13 @@ class Config:
 
 def main():
     cfg = common.parse_config(Config, sys.argv[1:])
+    rows = [row.rpartition(":")[::2] for row in cfg.rows.split(",")]                 # folders and stages
+    if not all(folder and stage in ("1", "2", "3") for folder, stage in rows):
+        raise common.InputError(f"--rows={cfg.rows}: expected FOLDER:STAGE,..., for example data:1,data:2")
     parts = [clip(*scene, photo=simdata.PHOTO) for scene in SCENES.values()]
     truth = torch.cat([p["video"] for p in parts])
     films, photo = [*truth], torch.cat([p["photo"] for p in parts])
-    for folder, _, stage in (row.rpartition(":") for row in cfg.rows.split(",")):
-        if stage not in ("1", "2", "3"):
-            raise common.InputError(f"--rows={cfg.rows}: expected FOLDER:STAGE,..., for example data:1,data:2")
+    for folder, stage in rows:
         models = sample.load_models(folder, int(stage))
         films += sample.generate(models, truth[:, :, 0], [p["caption"][0] for p in parts], [0] * len(parts),
                                  temperature=sample.DEFAULT_TEMPERATURE, photo=photo)

@@ -66,7 +66,11 @@ encoder() {
     sft tiny_foretold $from
 }
 
-what=$1; shift
+case "$1:$2" in
+    table:[0-9]* | encoder:[0-9]*) what=$1; shift ;;
+    *) echo "error: data/rows.sh $*: expected table or encoder and training seeds, as in: sh data/rows.sh table 0 1 2" >&2
+       exit 2 ;;
+esac
 for seed in "$@"; do
     rows=out/rows/$seed
     sft base --phys=False --physics=False --pool=out/pool_base             # 1: things move, but do not fall
