@@ -2242,8 +2242,9 @@ def test_bad_input_is_refused(tmp_path):
     assert alone.returncode == 2 and alone.stderr.startswith("error: none.png does not exist;")
     assert alone.stderr.count("\n") == 1
     refused("eval.py", "--rows=out/plain", cwd=tmp_path, says="expected NAME=FOLDER:STAGE")
-    done = subprocess.run([sys.executable, f"{HERE}/data/demo.py", "--rows=out/plain"], capture_output=True, text=True)
-    assert done.returncode == 2 and re.fullmatch("error: .*expected FOLDER:STAGE.*\n", done.stderr)
+    for rows in ("1", "data:4"):                   # no folder, no such stage
+        done = subprocess.run([sys.executable, f"{HERE}/data/demo.py", f"--rows={rows}"], capture_output=True, text=True)
+        assert done.returncode == 2 and re.fullmatch("error: .*expected FOLDER:STAGE.*\n", done.stderr)
     refused("eval.py", "--scenarios=drop,fly", cwd=tmp_path, says="'fly' is unknown")
     refused("sft.py", "--scenarios=drop,fly", cwd=tmp_path, says="'fly' is unknown")
     refused("eval.py", "--split=train", cwd=tmp_path, says="val or test")
