@@ -2243,7 +2243,8 @@ def test_bad_input_is_refused(tmp_path):
     assert alone.stderr.count("\n") == 1
     refused("eval.py", "--rows=out/plain", cwd=tmp_path, says="expected NAME=FOLDER:STAGE")
     for rows in ("1", "data:4"):                   # no folder, no such stage
-        done = subprocess.run([sys.executable, f"{HERE}/data/demo.py", f"--rows={rows}"], capture_output=True, text=True)
+        command = [sys.executable, f"{HERE}/data/demo.py", f"--rows={rows}"]
+        done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 2 and re.fullmatch("error: .*expected FOLDER:STAGE.*\n", done.stderr)
     refused("eval.py", "--scenarios=drop,fly", cwd=tmp_path, says="'fly' is unknown")
     refused("sft.py", "--scenarios=drop,fly", cwd=tmp_path, says="'fly' is unknown")
