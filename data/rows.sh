@@ -4,7 +4,8 @@
 #     sh data/rows.sh encoder 0             # what makes the encoder matter; DINO=FILE adds a real DINOv2 ViT-S/14
 #     python eval.py --table --split=test   # how they all did
 # Rows of a seed share the base, Stage I and its pairs; all seeds share the clips. What is done is left alone, what was cut
-# off goes on. LAUNCH="torchrun --nproc_per_node=2" spreads the preference stages over processes.
+# off goes on. LAUNCH="torchrun --nproc_per_node=2" spreads the preference stages over processes. On a few cores it is
+# quicker to train two seeds beside each other, each with OMP_NUM_THREADS=1.
 set -e
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
@@ -24,19 +25,20 @@ table() {
     paper="--foretell=False"                # PhysMaster's encoder speaks of what is seen alone
     I="--data=$rows/row3 --pool=$rows/pairs3"
     sft row3 $paper --init_from=$rows/base/dit.safetensors                 # 3: SFT of DiT and encoder: Stage I
-    dpo row4 lora2 --data=$rows/row2 --pool=$rows/pairs2 --stages=2        # 4: row 2, DPO of the DiT
     dpo row8 head3 $I                                                      # 5 and 8: Stages II and III
     dpo row6 head3 $I --stages=head                                        # 6: Stage I, DPO of the encoder
-    dpo row7 head3 $I --stages=both                                        # 7: Stage I, DPO of both
-    dpo row9 head3 $I --stages=2,both                                      # 9: Stage II, DPO of both
     # Controls, after Stage I. 720 steps on truth take as many passes through the DiT as Stage II with its pairs does:
     # 640 scenes x 4 candidates x 12 sampler steps, and 300 steps x 16 pairs x 2 clips x (2 forward, 2 backward)
     sft more $paper --init_from=$rows/row3/dit.safetensors --steps=720 --eval_every=720 --lr=2e-3 --adam_lr=1e-3
     dpo winners lora2 $I --stages=2 --beta=0                               # SFT on the winners alone
-    dpo plain lora2 $I --stages=2 --sft=0 --beta=500                       # the paper's loss alone, held less firmly
     T="--data=$rows/row3 --pool=$rows/pairs3t --stages=2 --truth=True"
     dpo best lora2 $T                                                      # DPO, the truth a candidate
     dpo truth lora2 $T --beta=0                                            # SFT of the LoRA on the truth
+    dpo plain lora2 $I --stages=2 --sft=0 --beta=500                       # the paper's loss alone, held less firmly
+    [ "$seed" = 0 ] || return 0                                            # the rest is of less interest: one seed
+    dpo row7 head3 $I --stages=both                                        # 7: Stage I, DPO of both
+    dpo row4 lora2 --data=$rows/row2 --pool=$rows/pairs2 --stages=2        # 4: row 2, DPO of the DiT
+    dpo row9 head3 $I --stages=2,both                                      # 9: Stage II, DPO of both
 }
 
 encoder() {
