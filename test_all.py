@@ -2087,27 +2087,33 @@ def test_a_published_backbone_joins_nano(tmp_path):
     refused("data/fetch.py", "--model=micro", cwd=tmp_path, says="expected one of nano")
 
 
-def test_rows_are_trained_as_the_table_reads_them():
+def test_rows_are_trained_as_the_table_reads_them(tmp_path):
     """data/rows.sh has flags that there are, and trains every row of the table, each from what was trained before."""
     env, made, ends = {**os.environ, "PYTHON": "echo", "DINO": "file"}, set(), {}
+    (tmp_path / "data").mkdir()                    # where nothing is trained yet
+    script = shutil.copy(f"{HERE}/data/rows.sh", tmp_path / "data")
+    run = lambda *args: subprocess.run(["sh", script, *args], env=env, capture_output=True, text=True)
     for what in ("table", "encoder"):
-        lines = subprocess.run(["sh", f"{HERE}/data/rows.sh", what, "987"], env=env, stdout=-1, text=True, check=True)
-        for script, *flags in map(str.split, lines.stdout.splitlines()):
-            if script not in ("sft.py", "dpo.py"):
+        lines = run(what, "0")
+        assert lines.returncode == 0, lines.stderr
+        for file, *flags in map(str.split, lines.stdout.splitlines()):
+            if file not in ("sft.py", "dpo.py"):
                 continue                           # what prepares a backbone
-            module = {"sft.py": sft, "dpo.py": dpo}[script]
+            module = {"sft.py": sft, "dpo.py": dpo}[file]
             cfg = common.parse_config(module.Config, flags, module.PRESETS)
-            assert cfg.name.startswith("rows/987/") and cfg.seed == 987 and cfg.resume
+            assert cfg.name.startswith("rows/0/") and cfg.seed == 0 and cfg.resume
             before = os.path.dirname(cfg.init_from) if module is sft else cfg.data
             assert before in ("", *(f"out/{name}" for name in made)), cfg.name
             made.add(cfg.name)
             ends[cfg.name] = {1} if module is sft else {2} if cfg.stages == "2" else {"head"} \
                 if cfg.stages == "head" else {2, 3} if "2" in cfg.stages else {3}
     for wrong in ([], ["0"], ["table"], ["table", "one"], ["rows", "0"]):
-        done = subprocess.run(["sh", f"{HERE}/data/rows.sh", *wrong], env=env, capture_output=True, text=True)
+        done = run(*wrong)
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1) and "expected table" in done.stderr
     for row, (folder, stage, parent) in judge.ROWS.items():
-        assert stage in ends[f"rows/987/{folder}"] and parent in (None, *judge.ROWS), row
+        assert stage in ends[f"rows/0/{folder}"] and parent in (None, *judge.ROWS), row
+    first, later = (set(re.findall(r"--name=rows/\d/(\w+)", run("table", seed).stdout)) for seed in "01")
+    assert first - later == {"row4", "row7", "row9"} and later < first               # these are of one seed
 
 
 def test_intervals_over_seeds_hold_the_truth():
