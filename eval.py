@@ -431,10 +431,10 @@ ROWS = {"1 base": ("base", 1, None),
 ENDS = {1: "dit", 2: "lora2", 3: "head3", "head": "head3"}                           # a row's last file
 
 
-def over_seeds(values, median=False, draws=1000):
+def over_seeds(values, median=False, per=None, draws=1000):
     """(S, n) values of S training seeds on the same n clips, NaN where there are none -> dict(mean, low, high, n,
-    seeds): mean (or median) of all, and its 95 % bootstrap interval over seeds and clips, both drawn with replacement
-    (over clips alone if S is 1)."""
+    seeds): mean (or median, or mean over that of `per`) of all, and its 95 % bootstrap interval over seeds and clips,
+    both drawn with replacement (over clips alone if S is 1)."""
     (S, n), g, ok = values.shape, common.generator("bootstrap", *values.shape), values.isfinite()
     values = values.masked_fill(~ok, torch.nan)
     if not ok.any():
@@ -445,7 +445,8 @@ def over_seeds(values, median=False, draws=1000):
     else:                                          # how often each is drawn says it all
         times = [torch.zeros(draws, k).scatter_add_(1, i, torch.ones(i.shape)) for k, i in ((S, seed), (n, clip))]
         total = lambda x: (times[0] * (times[1] @ x.float().T)).sum(1)
-        mean, again = values.nanmean(), total(values.nan_to_num()) / total(ok)
+        whole = ok.float() if per is None else per.masked_fill(~ok, 0)
+        mean, again = values.nansum() / whole.sum(), total(values.nan_to_num()) / total(whole)
     low, high = again.nanquantile(torch.tensor([0.025, 0.975])).tolist()
     return dict(mean=mean.item(), low=low, high=high, n=int(ok.any(0).sum()), seeds=S)
 
@@ -490,23 +491,31 @@ def table_one(cfg, per_scenario, device, rank):
     if not scores:
         raise common.InputError(f"--runs={cfg.runs} holds no rows; train them first: sh data/rows.sh table 0")
 
-    def pooled(seeds, of):
-        """{seed: per-clip scores} -> {split: {metric: {...}}}; of(seed, where, metric) -> (n,)."""
+    def pooled(seeds, of, per=None):
+        """{seed: per-clip scores} -> {split: {metric: {...}}}; of, per: seed, where, metric -> (n,)."""
         some, result = next(iter(seeds.values())), {}
         for split in ("seen", "unseen", "average"):
             wheres = [w for w in some if split == "average" or w.endswith(", " + split)]
             for name, group in [(split, wheres)] + [(w, [w]) for w in wheres if split != "average"]:
-                result[name] = {k: over_seeds(torch.stack([torch.cat([of(s, w, k) for w in group]) for s in seeds]),
-                                              k in MEDIANS) for k in some[group[0]]}
+                many = lambda f, k: torch.stack([torch.cat([f(s, w, k) for w in group]) for s in seeds])
+                result[name] = {k: over_seeds(many(of, k), k in MEDIANS) if per is None else
+                                over_seeds(many(of, k), per=many(per, k))
+                                for k in (some[group[0]] if per is None else ["traj_l2"])}
         return result
 
     order = lambda row: ([*ROWS].index(row.split(", oracle")[0]) if row.split(", oracle")[0] in ROWS else -1, row)
     result = {row: pooled(scores[row], lambda s, w, k: scores[row][s][w][k]) for row in sorted(scores, key=order)}
+    less = lambda a, b: lambda s, w, k: scores[a][s][w][k] - scores[b][s][w][k]
+    one = next(row for row, (folder, _, _) in ROWS.items() if folder == "row3")
+    best = f"{one}, oracle best of 4"
     for row, (_, _, parent) in ROWS.items():
         both = {s: parts for s, parts in scores.get(row, {}).items() if s in scores.get(parent, {})}
         if both:
-            result[f"{row} - {parent}, paired"] = pooled(
-                both, lambda s, w, k: scores[row][s][w][k] - scores[parent][s][w][k])
+            result[f"{row} - {parent}, paired"] = pooled(both, less(row, parent))
+        # what choosing among four samples of Stage I could gain is a gap; how much of it has been closed
+        some = {s: parts for s, parts in both.items() if s in scores.get(best, {})}
+        if some and one in (parent, ROWS.get(parent, [None] * 3)[2]):
+            result[f"{row}, of the gap"] = pooled(some, less(one, row), less(one, best))
     return result
 
 
@@ -516,9 +525,9 @@ def brief(result):
         m = result.get(row, {}).get(split, {}).get(metric, dict(n=0))
         return f"{m['mean']:.{digits}f} ± {(m['high'] - m['low']) / 2:.{digits}f}" if m["n"] else "-"
     lines = ["| row | seeds | traj_l2 seen | unseen | average | to its parent, seen | unseen | PISA L2/CD/IoU, average "
-             "| vanish | PSNR |", "|" + "---|" * 10]
+             "| vanish | PSNR | of the gap to best of 4, average |", "|" + "---|" * 11]
     for row, splits in result.items():
-        if row.endswith(", paired"):
+        if row.endswith((", paired", ", of the gap")):
             continue
         paired = next((k for k in result if k.startswith(f"{row} - ")), "")
         pisa = "/".join(f"{splits['average'][f'pisa_{k}']['mean']:.{d}f}" for k, d in
@@ -526,7 +535,8 @@ def brief(result):
         lines.append("| " + " | ".join([row, str(splits["seen"]["traj_l2"]["seeds"]),
                                         *(cell(row, s, "traj_l2") for s in ("seen", "unseen", "average")),
                                         *(cell(paired, s, "traj_l2") for s in ("seen", "unseen")), pisa,
-                                        cell(row, "average", "vanish", 3), cell(row, "average", "psnr", 1)]) + " |")
+                                        cell(row, "average", "vanish", 3), cell(row, "average", "psnr", 1),
+                                        cell(f"{row}, of the gap", "average", "traj_l2", 2)]) + " |")
     return "\n".join(lines)
 
 

@@ -2065,6 +2065,11 @@ def test_table_of_rows(tmp_path):
     gain = table[f"{six} - {one}, paired"]["average"]["psnr"]
     assert gain["seeds"] == 1 and gain["mean"] == pytest.approx((psnr[0] - psnr[1]).mean().item(), abs=1e-5)
     assert gain == pytest.approx(judge.over_seeds((psnr[0] - psnr[1])[None])) and gain["low"] < gain["high"]
+    # row 6's share of the gap from Stage I to the best of its samples
+    l2 = lambda row, s: torch.cat([s[f"{row}|roll, {split}|traj_l2"] for split in ("seen", "unseen")]).mean().item()
+    stage_one = l2(one, kept[1])
+    assert table[f"{six}, of the gap"]["average"]["traj_l2"]["mean"] == pytest.approx(
+        (stage_one - l2(six, kept[0])) / (stage_one - l2(f"{one}, oracle best of 4", kept[1])), rel=1e-3)
     again = run("eval.py", *flags, cwd=tmp_path)
     assert again.stdout == "\n".join(x for x in done.stdout.split("\n") if not x.startswith("seed "))
     refused("eval.py", *flags, "--n=3", cwd=tmp_path, says="another n;")
@@ -2126,6 +2131,9 @@ def test_intervals_over_seeds_hold_the_truth():
     assert 82 <= held <= 99                        # few seeds: a little too narrow
     flat = judge.over_seeds(torch.tensor([[1.0, 2.0, math.nan]]))
     assert flat["mean"] == 1.5 and flat["n"] == 2 and flat["seeds"] == 1
+    whole = torch.rand(3, 200, generator=g) + 1    # a third of it, with noise
+    share = judge.over_seeds(whole / 3 + 0.1 * torch.randn(3, 200, generator=g), per=whole)
+    assert 0.31 < share["low"] < share["mean"] < share["high"] < 0.36
 
 
 def test_sample_command(tmp_path):
