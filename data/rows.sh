@@ -22,14 +22,13 @@ dpo() {                                     # a run of preferences: its name, th
 }
 
 table() {
-    paper="--foretell=False"                # PhysMaster's encoder speaks of what is seen alone
     I="--data=$rows/row3 --pool=$rows/pairs3"
-    sft row3 $paper --init_from=$rows/base/dit.safetensors                 # 3: SFT of DiT and encoder: Stage I
+    sft row3 --init_from=$rows/base/dit.safetensors                        # 3: SFT of DiT and encoder: Stage I
     dpo row8 head3 $I                                                      # 5 and 8: Stages II and III
     dpo row6 head3 $I --stages=head                                        # 6: Stage I, DPO of the encoder
     # Controls, after Stage I. 720 steps on truth take as many passes through the DiT as Stage II with its pairs does:
     # 640 scenes x 4 candidates x 12 sampler steps, and 300 steps x 16 pairs x 2 clips x (2 forward, 2 backward)
-    sft more $paper --init_from=$rows/row3/dit.safetensors --steps=720 --eval_every=720 --lr=2e-3 --adam_lr=1e-3
+    sft more --init_from=$rows/row3/dit.safetensors --steps=720 --eval_every=720 --lr=2e-3 --adam_lr=1e-3
     dpo winners lora2 $I --stages=2 --beta=0                               # SFT on the winners alone
     T="--data=$rows/row3 --pool=$rows/pairs3t --stages=2 --truth=True"
     dpo best lora2 $T                                                      # DPO, the truth a candidate
@@ -43,8 +42,9 @@ table() {
 
 encoder() {
     from="--init_from=$rows/base/dit.safetensors" few="--clips=960 --pool=out/pool_few"
-    sft row3 $from --foretell=False                                        # the paper's encoder, on our backbone
-    sft foretold $from                                                     # and what its readout foretells
+    # row 3's encoder foretells, where it can, what becomes of each body; PhysMaster's speaks of what is seen alone
+    sft row3 $from
+    sft paper $from --foretell=False
     [ -e out/random/vae.safetensors ] || {                                 # a backbone that was never trained
         $python encoder.py --name=random --scenes=6400 --steps=1 --lr=0 --adam_lr=0
         $python -c 'import shutil; shutil.copy("data/vae.safetensors", "out/random")'
