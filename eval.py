@@ -374,6 +374,8 @@ def evaluate(models, split, n, seed=0, unseen=False, scenario="drop", best_of=1,
 
 COLUMNS = ("traj_l2", "traj_l2_flight", "traj_l2_contact", "pisa_l2", "pisa_chamfer", "pisa_iou", "g_ratio",
            "velocity_error", "vanish", "freeze", "psnr")
+LAWS = ("velocity_error_before_contact", "velocity_error_after_contact", "g_ratio", "restitution_error", "iou_visible",
+        "area_kept", "vanish", "duplicate", "freeze", "sharpness")
 
 
 def table(result, columns=COLUMNS):
@@ -614,7 +616,9 @@ def main():
     if cfg.table:
         result = table_one(cfg, lambda models, how: per_scenario(models, options | how), device, rank)
         if rank == 0:
-            print(brief(result))
+            print(brief(result), table({row: {k: splits[k] for k in ("seen", "unseen") if k in splits}
+                                        for row, splits in result.items() if not row.endswith("of the gap")}, LAWS),
+                  sep="\n\n")
         finish(cfg, result, rank)
         return
     models = {f"Stage {'I' * int(s)}": sample.load_models(cfg.data, int(s), cfg.ckpt, cfg.head, device)
