@@ -162,8 +162,9 @@ def form(cfg, models):
 
 
 @torch.no_grad()
-def make_pairs(cfg, models, pool, scene, device, rank, world):
-    """Fill the folder `pool` with shards of pairs for cfg.pairs scenes, the first of which is number `scene`.
+def make_pairs(cfg, models, pool, scene, stop, device, rank, world):
+    """Fill the folder `pool` with shards of pairs for cfg.pairs scenes, the first of which is number `scene`. -> True if
+    stopped.
 
     Every rank makes its own; a killed run goes on with the next missing shard."""
     common.make_dir(pool)
@@ -173,6 +174,8 @@ def make_pairs(cfg, models, pool, scene, device, rank, world):
     missing = [s for s in range(math.ceil(cfg.pairs / shard))[rank::world]
                if not os.path.exists(f"{pool}/{s:04d}.safetensors")]
     for s in tqdm(missing, desc=f"pairs, shards of {shard} scenes", disable=rank > 0 or not missing):
+        if stop.now:
+            break
         count, start = min(shard, cfg.pairs - s * shard), scene + s * shard
         scenario = names[s % len(names)]
         seed = 1                                   # training scenes that neither the backbone nor Stage I has seen
@@ -207,8 +210,7 @@ def make_pairs(cfg, models, pool, scene, device, rank, world):
             first=first.cpu()[keep].bfloat16(), winner=latents[best, every][keep].bfloat16(),
             loser=latents[worst, every][keep].bfloat16(), photo=((photo + 1) * 127.5).round().byte()[keep],
             text=M.bytes_to_tokens(batch["caption"], M.LONG)[keep].short()), stamp)
-    if dist.is_initialized():
-        dist.barrier()
+    return stop.agreed(device)                     # once all ranks are done
 
 
 def load_pairs(cfg, models, pool, rank):
@@ -410,7 +412,9 @@ def main():
     stop, stopped = common.Stop(), False
     for around in range(1, cfg.rounds + 1):
         pool = cfg.pool if around == 1 else f"{cfg.pool}_{around}"                   # other scenes, the policy of now
-        make_pairs(cfg, models, pool, (around - 1) * cfg.pairs, device, rank, world)
+        if make_pairs(cfg, models, pool, (around - 1) * cfg.pairs, stop, device, rank, world):
+            stopped = True
+            break
         pairs = load_pairs(cfg, models, pool, rank)
         understand(M.tokens_to_strings(pairs["text"]))                               # pairs may come from elsewhere
         if around == 1 and stages == ["3"]:        # Stage III alone: Stage II's LoRA is on, in policy and reference

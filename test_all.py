@@ -1869,6 +1869,11 @@ def test_dpo_runs_and_resumes(tmp_path, monkeypatch):
     run("dpo.py", *tiny, "--name=b", "--steps=3", "--resume=True", cwd=tmp_path)
     again = read_all(tmp_path / "out/b/head3.safetensors")
     assert all(torch.equal(v, again[k]) for k, v in head.items())
+    # stopped while pairs are made: after the shard at hand, and the next run makes the rest
+    five = [*tiny[:-1], "--pairs=10", "--pool=out/five"]                             # a shard for each scenario
+    stopped("dpo.py", *five, "--name=five", cwd=tmp_path, when=tmp_path / "out/five/0000.jsonl")
+    shards = sorted((tmp_path / "out/five").glob("*.safetensors"))
+    assert 1 <= len(shards) < 5 and not (tmp_path / "out/five/state2.safetensors").exists()
     # with less memory the same, but for rounding, which is that of fp32 on every machine here
     with monkeypatch.context() as patch:
         patch.setattr(common, "precision", lambda device: torch.float32)
