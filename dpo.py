@@ -163,8 +163,8 @@ def form(cfg, models):
 
 @torch.no_grad()
 def make_pairs(cfg, models, pool, scene, stop, device, rank, world):
-    """Fill the folder `pool` with shards of pairs for cfg.pairs scenes, the first of which is number `scene`. -> True if
-    stopped.
+    """Fill the folder `pool` with shards of pairs for cfg.pairs scenes, the first of which is number `scene`. -> True
+    if stopped.
 
     Every rank makes its own; a killed run goes on with the next missing shard."""
     common.make_dir(pool)
