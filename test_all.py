@@ -1870,13 +1870,13 @@ def test_dpo_runs_and_resumes(tmp_path, monkeypatch):
     again = read_all(tmp_path / "out/b/head3.safetensors")
     assert all(torch.equal(v, again[k]) for k, v in head.items())
     # stopped while pairs are made: after the shard at hand, and the next run makes the rest
-    five = [*tiny[:-1], "--pairs=10", "--pool=out/five", "--steps=1", "--stages=2"]  # a shard for each scenario
-    stopped("dpo.py", *five, "--name=five", cwd=tmp_path, when=tmp_path / "out/five/0000.jsonl")
-    shards = sorted((tmp_path / "out/five").glob("*.safetensors"))
+    five = [*tiny[:-1], "--pairs=10", "--pool=out/rest", "--steps=1", "--stages=2"]  # a shard for each scenario
+    stopped("dpo.py", *five, "--name=five", cwd=tmp_path, when=tmp_path / "out/rest/0000.jsonl")
+    shards = sorted((tmp_path / "out/rest").glob("*.safetensors"))
     assert 1 <= len(shards) < 5 and not (tmp_path / "out/five/state2.safetensors").exists()
     before = [shard.read_bytes() for shard in shards]
     run("dpo.py", *five, "--name=five", "--resume=True", cwd=tmp_path)
-    assert len([*(tmp_path / "out/five").glob("*.safetensors")]) == 5 and [s.read_bytes() for s in shards] == before
+    assert len([*(tmp_path / "out/rest").glob("*.safetensors")]) == 5 and [s.read_bytes() for s in shards] == before
     # with less memory the same, but for rounding, which is that of fp32 on every machine here
     with monkeypatch.context() as patch:
         patch.setattr(common, "precision", lambda device: torch.float32)
