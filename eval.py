@@ -453,43 +453,52 @@ def over_seeds(values, median=False, per=None, draws=1000):
     return dict(mean=mean.item(), low=low, high=high, n=int(ok.any(0).sum()), seeds=S)
 
 
-def table_one(cfg, per_scenario, device, rank):
+def table_one(cfg, places, judge, device, rank):
     """Scores of all that lies in cfg.runs/SEED/, drawn where they are new, -> {row: {split: {metric: {...}}}}.
 
-    per_scenario: models, options -> {"drop, seen": {row: {metric: (n,)}}}, see main."""
-    scores = {}                                    # {row: {seed: {"drop, seen": {metric: (n,)}}}}
+    judge: models, place, options -> {row: {metric: (n,)}}, for each of places: "drop, seen" and so on, see main."""
     seeds = sorted((s for s in os.listdir(cfg.runs) if s.isdigit()), key=int) if os.path.isdir(cfg.runs) else []
-    first = True
+    runs = {}                                      # {"0: row": [models, path, stamp, {"row|drop, seen|metric": (n,)}]}
     for seed in seeds:
         for row, (folder, stage, _) in ROWS.items():
             place = f"{cfg.runs}/{seed}/{folder}"
             if not os.path.exists(f"{place}/{ENDS[stage]}.safetensors"):
                 continue
             models = sample.load_models(place, stage, device=device)
-            stage_one = folder == "row3"           # what choosing could reach is a row of its own
-            stamp = dict(weights=common.fingerprint(models.dit, models.encoder), best_of=4 if stage_one else 1,
+            # what choosing among Stage I's samples could reach is a row of its own
+            stamp = dict(weights=common.fingerprint(models.dit, models.encoder), best_of=4 if folder == "row3" else 1,
                          **{k: getattr(cfg, k) for k in ("scenarios", "n", "seed", "steps", "cfg", "temperature",
                                                          "size", "frames", "fps")})
-            path = f"{place}/{cfg.split}{stage}.safetensors"
+            path, flat = f"{place}/{cfg.split}{stage}.safetensors", {}
             if os.path.exists(path):
                 flat, made = common.read_weights(path)
                 for key in stamp:
                     if made.get(key) != stamp[key]:
                         raise common.InputError(f"{path} was made with another {key}; delete it to judge anew")
-            else:
-                if rank == 0:
-                    print(f"seed {seed}: {row}")
-                found = per_scenario({row: models}, dict(best_of=stamp["best_of"], references=first))
-                flat = {f"{name}|{where}|{k}": v.float().cpu() for where, rows in found.items()
-                        for name, metrics in rows.items() for k, v in metrics.items()}
-                if rank == 0:
-                    common.save_weights(path, flat, stamp)
-            first, tree = False, {}
-            for key, value in flat.items():
-                name, where, metric = key.split("|")
-                tree.setdefault(name, {}).setdefault(where, {})[metric] = value
-            for name, parts in tree.items():
-                scores.setdefault(name, {})[seed] = parts
+            runs[f"{seed}: {row}"] = models, path, stamp, flat
+    first = next(iter(runs), None)
+    for place in places:                           # all that is new shares the truth, which costs as much as a sample
+        for best_of in (1, 4):
+            new = {run: models for run, (models, _, stamp, flat) in runs.items()
+                   if stamp["best_of"] == best_of and not any(f"|{place}|" in key for key in flat)}
+            if not new:
+                continue
+            if rank == 0:
+                print(f"judging {place}: {len(new)} rows")
+            found = judge(new, place, dict(best_of=best_of, references=first in new))
+            for name, metrics in found.items():
+                run = next((run for run in new if name.split(", oracle")[0] == run), first)
+                flat = runs[run][3]
+                flat |= {f"{name.removeprefix(run.split(': ')[0] + ': ')}|{place}|{k}": v.float().cpu()
+                         for k, v in metrics.items()}
+            for run in new if rank == 0 else ():
+                _, path, stamp, flat = runs[run]
+                common.save_weights(path, flat, stamp)
+    scores = {}                                    # {row: {seed: {"drop, seen": {metric: (n,)}}}}
+    for run, (_, _, _, flat) in runs.items():
+        for key, value in flat.items():
+            name, place, metric = key.split("|")
+            scores.setdefault(name, {}).setdefault(run.split(": ")[0], {}).setdefault(place, {})[metric] = value
     if not scores:
         raise common.InputError(f"--runs={cfg.runs} holds no rows; train them first: sh data/rows.sh table 0")
 
@@ -609,12 +618,12 @@ def main():
     options = dict(best_of=cfg.best_of, references=cfg.references, chunk=cfg.chunk, steps=cfg.steps, cfg=cfg.cfg,
                    temperature=cfg.temperature, size=cfg.size, frames=cfg.frames, fps=cfg.fps)
 
-    def per_scenario(models, options):             # {"drop, seen": {row: {metric: (n,)}}}
-        return {f"{name}, {split}": evaluate(models, cfg.split, n, cfg.seed, split == "unseen", name, **options)
-                for split in ("seen", "unseen") for name, n in shares.items() if n}
+    places = {f"{name}, {split}": (n, cfg.seed, split == "unseen", name)
+              for split in ("seen", "unseen") for name, n in shares.items() if n}
 
     if cfg.table:
-        result = table_one(cfg, lambda models, how: per_scenario(models, options | how), device, rank)
+        result = table_one(cfg, list(places), lambda models, place, how: evaluate(
+            models, cfg.split, *places[place], **options | how), device, rank)
         if rank == 0:
             print(brief(result), table({row: {k: splits[k] for k in ("seen", "unseen") if k in splits}
                                         for row, splits in result.items() if not row.endswith("of the gap")}, LAWS),
@@ -642,7 +651,7 @@ def main():
         if not per_row[cfg.clips]:
             raise common.InputError(f"--clips={cfg.clips}: no clip could be read")
     else:
-        each = per_scenario(models, options)
+        each = {place: evaluate(models, cfg.split, *args, **options) for place, args in places.items()}
         rows = next(iter(each.values()))
         per_row = {split: {row: {k: torch.cat([p[row][k] for where, p in each.items() if where.endswith(", " + split)])
                                  for k in rows[row]} for row in rows} for split in ("seen", "unseen")}
