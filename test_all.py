@@ -1762,31 +1762,34 @@ def test_gradients_of_two_ranks_equal_one(tmp_path):
 import sys; sys.path.insert(0, {HERE!r})
 import torch, common, model as M, sft, encoder as E
 from torch.nn.parallel import DistributedDataParallel
-device, rank, world = common.setup("cpu")
-common.seed_everything(0)
-net = sft.StageOne(M.VideoDiT(M.CONFIGS["nano"] | dict(num_layers=1)),
-                   E.PhysEncoder(E.CONFIGS["nano"] | dict(out_dim=256)))
-with torch.no_grad():
-    net.dit.head.head.weight.normal_(std=0.05)
-g = common.generator("batch")
-C = M.CONFIGS["nano"]["in_dim"]
-batch = (torch.randn(4, C, 7, 8, 8, generator=g), torch.rand(4, 3, 64, 64, generator=g),
-         M.bytes_to_tokens(["a", "b", "c", "d"]), torch.rand(4, generator=g), torch.randn(4, C, 6, 8, 8, generator=g))
-n = 4 // world
-for how in sys.argv[1:]:
-    net.zero_grad()
-    run = DistributedDataParallel(net) if how == "ddp" else net
-    if how == "fsdp":
-        sft.shard(net, device, world)
-        assert (sum(p.to_local().numel() for p in net.dit.parameters())
-                < 0.6 * sum(p.numel() for p in net.dit.parameters()))
-    run(*(x[rank * n:(rank + 1) * n] for x in batch)).mean().backward()
-    grads = {{k: common.whole(p.grad) for k, p in net.named_parameters() if p.grad is not None}}
-    if rank == 0:
-        common.save_weights(f"{{how}}.safetensors", grads, {{}})
-    del run                                        # and DDP's hooks with it
-if world > 1:                                      # a rank that just ends can be aborted by gloo's own threads
-    torch.distributed.destroy_process_group()
+
+def main():
+    device, rank, world = common.setup("cpu")
+    common.seed_everything(0)
+    net = sft.StageOne(M.VideoDiT(M.CONFIGS["nano"] | dict(num_layers=1)),
+                       E.PhysEncoder(E.CONFIGS["nano"] | dict(out_dim=256)))
+    with torch.no_grad():
+        net.dit.head.head.weight.normal_(std=0.05)
+    g = common.generator("batch")
+    C = M.CONFIGS["nano"]["in_dim"]
+    batch = (torch.randn(4, C, 7, 8, 8, generator=g), torch.rand(4, 3, 64, 64, generator=g),
+             M.bytes_to_tokens(["a", "b", "c", "d"]), torch.rand(4, generator=g),
+             torch.randn(4, C, 6, 8, 8, generator=g))
+    n = 4 // world
+    for how in sys.argv[1:]:
+        net.zero_grad()
+        run = DistributedDataParallel(net) if how == "ddp" else net
+        if how == "fsdp":
+            sft.shard(net, device, world)
+            assert (sum(p.to_local().numel() for p in net.dit.parameters())
+                    < 0.6 * sum(p.numel() for p in net.dit.parameters()))
+        run(*(x[rank * n:(rank + 1) * n] for x in batch)).mean().backward()
+        grads = {{k: common.whole(p.grad) for k, p in net.named_parameters() if p.grad is not None}}
+        if rank == 0:
+            common.save_weights(f"{{how}}.safetensors", grads, {{}})
+        del run                                        # and DDP's hooks with it
+
+common.run(main)                                       # ends a rank as all programs do: gloo's threads abort none
 """)
     two_ranks(str(script), "one", cwd=tmp_path, ranks=1)
     two_ranks(str(script), "ddp", "fsdp", cwd=tmp_path)
