@@ -73,6 +73,7 @@ class Config:
     log_every: int = 5              # steps
     eval_every: int = 125           # steps between val scores and checkpoints
     eval_clips: int = 160           # val clips that are sampled then
+    temperature: float = sample.DEFAULT_TEMPERATURE  # scale of their initial noise; that of candidates is 1
     checkpointing: bool = False     # compute activations again in the backward pass instead of keeping them
     in_turn: bool = False           # winner and loser one after the other: less memory, a quarter more work
     seed: int = 0                   # of pairs, order, noise
@@ -80,9 +81,10 @@ class Config:
     device: str = "auto"            # auto, cuda, mps or cpu
 
 
-PRESETS = {"nano": {}, "small": dict(data="out/small", name="dpo_small", pool="out/pairs_small", size=128, frames=33)}
+PRESETS = {"nano": {}, "small": dict(data="out/small", name="dpo_small", pool="out/pairs_small", size=128, frames=33,
+                                    temperature=1.0)}
 PRESETS |= {name: dict(data=f"out/{name}", name=f"dpo_{name}", pool=f"out/pairs_{name}", size=512, frames=49, fps=fps,
-                       sampler_steps=25, checkpointing=True, in_turn=True)
+                       sampler_steps=25, temperature=1.0, checkpointing=True, in_turn=True)
             for name, fps in (("wan5b", 24), ("wan1.3b", 16))}
 SHARD = 64                                         # scenes per shard of pairs
 # What a stage trains. Of the rows in PhysMaster's Table 1, 4 and 5 are --stages=2, 6 is head, 7 both, 8 is 2,3 and 9 is
@@ -279,7 +281,8 @@ def train(cfg, stage, around, models, pairs, folder, stop, device, rank, world):
               f"parameters, from step {start}")
 
     def outcome():
-        """traj_l2 on val scenes, the same scenes and noise each time. This, not the loss, is what the stage is for."""
+        """traj_l2 on val scenes, the same ones and the same noise each time, as cold as sample.py's (the candidates'
+        is not: they should differ). This, not the loss, is what the stage is for."""
         total, names = torch.zeros(2), cfg.scenarios.split(",")
         raw.eval()
         most = 16 if cfg.size <= sample.SMALL else 1
@@ -289,7 +292,7 @@ def train(cfg, stage, around, models, pairs, folder, stop, device, rank, world):
             batch = simdata.make_batch(scenario, count, 0, "val", **form(cfg, models), start=i)
             video = sample.generate(models, batch["video"][:, :, 0].to(device), batch["caption"],
                                     [("val", i + j) for j in range(count)], cfg.frames, cfg.sampler_steps,
-                                    photo=batch["photo"].to(device)).cpu()
+                                    temperature=cfg.temperature, photo=batch["photo"].to(device)).cpu()
             value = judge.measure(video, batch, cfg.fps, detail=False)["traj_l2"]
             total += torch.tensor([value.nansum().item(), value.isfinite().sum().item()])
         raw.train()
@@ -382,8 +385,8 @@ def main():
     common.check_range(cfg, rounds=(1, 10**4), pairs=(1, 10**8), candidates=(2, 256), margin=(0, 1e3), beta=(0, 1e7),
                        sft=(0, 1e3), rank=(1, 1024), alpha=(1, 4096), steps=(1, 10**7), batch=(1, 10**6),
                        eval_clips=(1, 10**5), log_every=(1, 10**7), eval_every=(1, 10**7), sampler_steps=(1, 1000),
-                       lr=(0, 1), lr_head=(0, 1), warmup=(0, 10**7), shift=(0.01, 100), size=(16, 1024),
-                       frames=(5, 1001), fps=(1, 240))
+                       lr=(0, 1), lr_head=(0, 1), warmup=(0, 10**7), shift=(0.01, 100), temperature=(0, 2),
+                       size=(16, 1024), frames=(5, 1001), fps=(1, 240))
     common.check_frames(cfg)
     common.check_names("scenarios", cfg.scenarios, simdata.SCENARIOS)
     stages = cfg.stages.split(",")

@@ -2167,8 +2167,11 @@ def test_sample_command(tmp_path):
     run("sample.py", f"{HERE}/data/drop.png", other[0], "--steps=1", "--stage=1", "--cfg=4", "--out=g.gif",
         cwd=tmp_path)
     assert (tmp_path / "g.gif").read_bytes() != (tmp_path / "f.gif").read_bytes()
-    # judged as it is sampled
+    # judged as it is sampled, and the best checkpoint chosen so
     assert all(getattr(sample.Config(), k) == getattr(judge.Config(), k) for k in ("cfg", "temperature"))
+    for name in sample.PRESETS.keys() & dpo.PRESETS.keys():
+        cold = [common.parse_config(m.Config, [f"--preset={name}"], m.PRESETS).temperature for m in (sample, dpo)]
+        assert cold[0] == cold[1], name
     with pytest.raises(InputError):
         sample.load_models(f"{HERE}/data", 3, ckpt=f"{HERE}/data/dit.safetensors")
     done = run("sample.py", f"{HERE}/data/drop.png", f"--data={HERE}/data", "--n=3", "--steps=2", "--scale=1",
