@@ -29,6 +29,7 @@ from tqdm import tqdm
 import common
 import sample
 import simdata
+from encoder import truth
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -338,11 +339,14 @@ def evaluate(models, split, n, seed=0, unseen=False, scenario="drop", best_of=1,
     clips: a simdata.Clips, from which the scenes are taken instead; such have no jittered truth.
     steps, cfg, temperature: as in sample.generate; models need `text` if the DiT reads features. size, frames, fps: of
     the clips.
-    best_of > 1 adds the row "<name>, oracle best of k": the sample of lowest traj_l2, what choosing could reach."""
+    best_of > 1 adds the row "<name>, oracle best of k": the sample of lowest traj_l2, what choosing could reach.
+    references adds the rows of reference_rows and, if the first model's encoder foretells, "<name>, told the truth":
+    what its DiT does when the encoder's foresight is put right, so that what is still wrong is the painting."""
     parts, first = {}, next(iter(models.values()))                                   # {first scene: {row: metrics}}
     vae, device = first.vae, next(first.vae.parameters()).device
     form = dict(size=size, frames=frames, fps=fps)
     photo_size = first.encoder.config["input_size"] if first.encoder is not None else simdata.PHOTO
+    foretells = first.encoder is not None and first.encoder.readout is not None
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     for start in tqdm(range(0, n, chunk)[rank::world], desc=f"{split}, {'unseen' if unseen else 'seen'}",
                       disable=rank > 0):
@@ -363,6 +367,11 @@ def evaluate(models, split, n, seed=0, unseen=False, scenario="drop", best_of=1,
             draws = torch.stack([sample.generate(m, image, batch["caption"], key, frames, steps, cfg=cfg,
                                                  temperature=temperature, photo=photo).cpu() for key in keys])
             videos[name] = draws[0]
+            if references and m is first and foretells and {"position", "camera"} <= batch.keys():
+                told = [x.to(device) for x in truth(batch, size, photo_size // m.encoder.backbone.patch)]
+                videos[f"{name}, told the truth"] = sample.generate(
+                    m, image, batch["caption"], keys[0], frames, steps, cfg=cfg, temperature=temperature, photo=photo,
+                    truth=told).cpu()
             if best_of > 1:
                 error = torch.stack([measure(v, batch, fps, detail=False)["traj_l2"].nan_to_num(1) for v in draws])
                 videos[f"{name}, oracle best of {best_of}"] = draws[error.argmin(0), torch.arange(count)]

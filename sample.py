@@ -183,12 +183,13 @@ def generate_latent(models, image, text, phys, keys, frames=25, steps=12, shift=
 
 @torch.no_grad()
 def generate(models, image, captions, keys, frames=25, steps=12, shift=3.0, cfg=1.0, solver="ab2", progress=None,
-             temperature=1.0, photo=None, null=None, chunk=None):
+             temperature=1.0, photo=None, null=None, chunk=None, truth=None):
     """image (B, 3, H, W) in [-1, 1], B captions, B noise keys (int or tuple) -> video (B, 3, frames, H, W) in [-1, 1].
 
     A DiT that reads features of an outside text encoder takes captions as those (B, L, text_dim), and for cfg those of
     the negative prompt as null. chunk: latent frames that the VAE decodes at a time; 0 is all, None 0 or 2 by size.
     photo (B, 3, S, S): the same picture for the encoder, which may be finer than the video; by default the image.
+    truth: what becomes of the bodies, for an encoder that foretells, as encoder.truth gives it; None: its own answers.
     cfg guides by the text, as in model.sample. The noise of a clip depends on its key alone, not on the batch, the rank
     or the device; its scale is the temperature: 1 samples what the model was trained on, less leans towards the
     likeliest future, and seeds differ less."""
@@ -197,7 +198,7 @@ def generate(models, image, captions, keys, frames=25, steps=12, shift=3.0, cfg=
         first = models.vae.encode(image[:, :, None])                                                # (B, C, 1, h, w)
         grid = [n // 2 for n in first.shape[3:]]
         look = image if photo is None else photo
-        phys = models.encoder(look, grid, (frames - 1) // 4) if models.encoder is not None else None  # (B, P, D)
+        phys = models.encoder(look, grid, (frames - 1) // 4, truth) if models.encoder is not None else None
         text = (captions if torch.is_tensor(captions) else models.read(captions)).to(device)
         x0 = generate_latent(models, first, text, phys, keys, frames, steps, shift, cfg, solver, progress,
                              temperature, null)

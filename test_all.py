@@ -2056,6 +2056,13 @@ def test_simdata_and_eval_commands(tmp_path):
             assert one["n"] == two["n"] and one["mean"] == pytest.approx(two["mean"], abs=0.02), (row, split)
 
 
+def test_told_the_truth():
+    """Where the encoder's foresight is put right, what falls lands where it should: the rest is the DiT's painting."""
+    rows = judge.evaluate({"I": judge.sample.load_models(f"{HERE}/data", 1)}, "val", 8, steps=6, temperature=0.45)
+    told, own = (rows[k]["traj_l2"].nanmean() for k in ("I, told the truth", "I"))
+    assert told < 0.5 * own
+
+
 def test_table_of_rows(tmp_path):
     """Rows of two training seeds: differences are paired by seed and clip, and what was drawn is kept."""
     for seed, folder in ((0, "row3"), (0, "row6"), (1, "row3")):
