@@ -518,6 +518,7 @@ class Config:
     warmup: int = 200               # steps of linear warm-up; a cosine to 1 % follows
     weight_decay: float = 0.02      # of Muon's matrices
     body_weight: float = 10.0       # extra weight of a body's pixels in the depth loss
+    depth_only: bool = False        # learn depth alone, of every image, as PhysMaster's backbone (Depth Anything's) did
     ema: float = 0.998              # decay of the weight average that is evaluated and shipped
     log_every: int = 25             # steps
     eval_every: int = 1000          # steps; validation
@@ -856,7 +857,7 @@ def main():
             for group in optimizer.param_groups:
                 group["lr"] = peak * scale
         # a DPT costs as much as all the rest, and depth is learned soon: one image in eight goes through it
-        n = math.ceil(len(image) / 8)
+        n = len(image) if cfg.depth_only else math.ceil(len(image) / 8)
         with common.autocast(device):
             inverse, normals, told = net(image, n)
         inverse = F.interpolate(inverse[:, None], depth.shape[-2:], mode="bilinear")[:, 0]
@@ -869,7 +870,8 @@ def main():
         told, body = told[clip, y, x], body[clip, owner[clip, y, x] - 1]               # (cells, known)
         loss_state = some((told - body)[:, :STATE].abs())
         loss_path = some(((told - body)[:, STATE:].unflatten(1, (FUTURE, 2)).square().sum(2) + 1e-4).sqrt())
-        loss = loss_path + 0.5 * loss_normal + 0.5 * loss_state + 0.2 * loss_depth
+        rest = loss_path + 0.5 * loss_normal + 0.5 * loss_state
+        loss = loss_depth + 0 * rest if cfg.depth_only else rest + 0.2 * loss_depth
         model.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(trained.values(), 1.0)

@@ -28,7 +28,7 @@ table() {
     dpo row6 head3 $I --stages=head                                        # 6: Stage I, DPO of the encoder
     # Controls, after Stage I. 720 steps on truth take as many passes through the DiT as Stage II with its pairs does:
     # 640 scenes x 4 candidates x 12 sampler steps, and 300 steps x 16 pairs x 2 clips x (2 forward, 2 backward)
-    sft more --init_from=$rows/row3/dit.safetensors --steps=720 --eval_every=720 --lr=2e-3 --adam_lr=1e-3
+    sft more --init_from=$rows/row3/dit.safetensors $truth
     dpo winners lora2 $I --stages=2 --beta=0                               # SFT on the winners alone
     T="--data=$rows/row3 --pool=$rows/pairs3t --stages=2 --truth=True"
     dpo best lora2 $T                                                      # DPO, the truth a candidate
@@ -38,6 +38,7 @@ table() {
     dpo row7 head3 $I --stages=both                                        # 7: Stage I, DPO of both
     dpo row4 lora2 --data=$rows/row2 --pool=$rows/pairs2 --stages=2        # 4: row 2, DPO of the DiT
     dpo row9 head3 $I --stages=2,both                                      # 9: Stage II, DPO of both
+    sft row2_more --init_from=$rows/row2/dit.safetensors --phys=False $truth                     # row 4's control
 }
 
 encoder() {
@@ -45,11 +46,19 @@ encoder() {
     # row 3's encoder foretells, where it can, what becomes of each body; PhysMaster's speaks of what is seen alone
     sft row3 $from
     sft paper $from --foretell=False
+    dpo paper_dpo head3 --data=$rows/paper --pool=$rows/pairs_paper        # and its Stages II and III
+    sft paper_more --init_from=$rows/paper/dit.safetensors --foretell=False $truth               # and their control
     [ -e out/random/vae.safetensors ] || {                                 # a backbone that was never trained
         $python encoder.py --name=random --scenes=6400 --steps=1 --lr=0 --adam_lr=0
         $python -c 'import shutil; shutil.copy("data/vae.safetensors", "out/random")'
     }
     sft random $from --foretell=False --data=out/random
+    [ -e out/depth/readout.safetensors ] || {                               # one that knows depth, as PhysMaster's does
+        $python encoder.py --name=depth --resume=True --depth_only=True --batch=18   # as many FLOPs: 36 = 32 (1 + 1/8)
+        $python -c 'import shutil; shutil.copy("data/vae.safetensors", "out/depth")'
+    }
+    sft depth $from --foretell=False --data=out/depth
+    sft depth_foretold $from --data=out/depth
     if [ -n "$DINO" ]; then
         [ -e out/dino/readout.safetensors ] || {
             $python data/fetch.py --model=nano --backbone="$DINO" --encoder=dinov2_vits14 --input_size=112 --out=out/dino
@@ -73,6 +82,7 @@ case "$1:$2" in
     *) echo "error: data/rows.sh $*: expected table or encoder and training seeds, as in: sh data/rows.sh table 0 1 2" >&2
        exit 2 ;;
 esac
+truth="--steps=720 --eval_every=720 --lr=2e-3 --adam_lr=1e-3"              # going on with it, see table
 for seed in "$@"; do
     rows=out/rows/$seed
     sft base --phys=False --physics=False --pool=out/pool_base             # 1: things move, but do not fall
