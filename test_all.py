@@ -2146,7 +2146,7 @@ def test_rows_are_trained_as_the_table_reads_them(tmp_path):
     for row, (folder, stage, parent) in judge.ROWS.items():
         assert stage in ends[f"rows/0/{folder}"] and parent in (None, *judge.ROWS), row
     first, later = (set(re.findall(r"--name=rows/\d/(\w+)", run("table", seed).stdout)) for seed in "01")
-    assert first - later == {"row4", "row7", "row9", "row2_more"} and later < first               # these are of one seed
+    assert first - later == {"row4", "row7", "row9", "row2_more"} and later < first  # these are of one seed
 
 
 def test_intervals_over_seeds_hold_the_truth():
@@ -2235,7 +2235,7 @@ def test_shipped_model_listens():
     finer = sample.generate(models, image, captions, keys, steps=8, photo=photo)
     assert 1e-3 < (finer - video).abs().mean() < 0.05                            # the encoder sees more in the photo
     assert (sample.generate(models, image, captions, keys, steps=8, photo=photo.flip(0)) - finer).abs().mean() > 0.01
-    deaf = sample.Models(models.vae, lambda x, grid, k: torch.zeros(len(x), grid[0] * grid[1], 256), models.dit)
+    deaf = sample.Models(models.vae, lambda x, grid, *_: torch.zeros(len(x), grid[0] * grid[1], 256), models.dit)
     assert (sample.generate(deaf, image, captions, keys, steps=8) - video).abs().max() > 0.02
     metrics, still = judge.measure(video, batch), judge.measure(image[:, :, None].expand_as(video), batch)
     assert metrics["traj_l2_flight"].nanmean() < 0.25 * still["traj_l2_flight"].nanmean()
