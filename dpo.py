@@ -3,17 +3,18 @@ Stages II and III: direct preference optimisation of the DiT (LoRA) and then of 
 pairs that the simulator judges, so that no human labels are needed.
 
     python dpo.py                                 # pairs, Stage II and Stage III, from the weights in data/
-    python dpo.py --stages=2 --beta=500 --sft=0   # the paper's loss alone
+    python dpo.py --stages=2 --best_only=True --mirror=False --sft=0    # the paper's pairs and its loss alone
     python dpo.py --stages=2 --beta=0             # a control: the same steps on the winners, without a preference
-    python dpo.py --truth=True --pool=out/pairs_truth          # the simulator's clip as winner; with --beta=0: on truth
+    python dpo.py --truth=True --best_only=True --pool=out/pairs_truth  # the simulator's clip wins; with --beta=0: truth
     python dpo.py --rounds=2                      # then the same again with pairs of the policy that came out
     torchrun --nproc_per_node=8 dpo.py --pairs=8192 --steps=1000 --batch=256
     torchrun --nproc_per_node=8 dpo.py --preset=wan5b         # after sft.py --preset=wan5b
 
 Pairs: for each scene the Stage-I model draws K clips from K noise seeds; the parser finds the bodies, the simulator
-says where they should be, best against worst becomes a pair. They lie in out/pairs/: shards of safetensors (first,
-winner, loser: VAE latents; photo: uint8; text: bytes) beside a .jsonl with caption, scores, scene and source, one line
-a pair. Any pairs in that format can be added: the truth as winner, other models, people's choices.
+says where they should be, and any two clips a margin apart become a pair, once as they are and once in a mirror. They
+lie in out/pairs/: shards of safetensors (first, winner, loser: VAE latents; photo: uint8; text: bytes) beside a .jsonl
+with caption, scores, scene, mirrored or not and source, one line a pair. Any pairs in that format can be added: the
+truth as winner, other models, people's choices.
 
 Flow-DPO (PhysMaster Eq. 3), v = eps - x0, the same t and eps for winner and loser, constant beta:
     L = -log sigmoid(-beta / 2 * [(e_w - e_w_ref) - (e_l - e_l_ref)]),    e = mean (v - v_theta)^2
@@ -57,10 +58,12 @@ class Config:
     fps: int = 16                   # of the clips
     text_emb: str = ""              # captions' embeddings for a Wan DiT (data/embed_text.py); empty: made with umT5
     candidates: int = 4             # K, clips per scene
+    best_only: bool = False         # of a scene's pairs only the best against the worst, as PhysMaster has it
+    mirror: bool = True             # of pairs the mirror images, too
     truth: bool = False             # the simulator's own clip is one candidate more
     margin: float = 0.3             # least difference of scores, in pixels
     sampler_steps: int = 12         # of the candidates
-    beta: float = 2000.0            # how closely the policy stays to the reference; 0 leaves the winner's loss alone
+    beta: float = 500.0             # how closely the policy stays to the reference; 0 leaves the winner's loss alone
     sft: float = 0.1                # weight of the winner's flow-matching loss; 0 is the paper's loss
     shift: float = 5.0              # of the training times, as in Stage I
     rank: int = 16                  # of the LoRA
@@ -84,7 +87,7 @@ class Config:
 PRESETS = {"nano": {}, "small": dict(data="out/small", name="dpo_small", pool="out/pairs_small", size=128, frames=33,
                                     temperature=1.0)}
 PRESETS |= {name: dict(data=f"out/{name}", name=f"dpo_{name}", pool=f"out/pairs_{name}", size=512, frames=49, fps=fps,
-                       sampler_steps=25, temperature=1.0, checkpointing=True, in_turn=True)
+                       sampler_steps=25, temperature=1.0, checkpointing=True, in_turn=True, best_only=True)  # memory
             for name, fps in (("wan5b", 24), ("wan1.3b", 16))}
 SHARD = 64                                         # scenes per shard of pairs
 # What a stage trains. Of the rows in PhysMaster's Table 1, 4 and 5 are --stages=2, 6 is head, 7 both, 8 is 2,3 and 9 is
@@ -163,6 +166,14 @@ def form(cfg, models):
     return dict(size=cfg.size, frames=cfg.frames, fps=cfg.fps, photo=photo)
 
 
+def ranked(scores, margin):
+    """All pairs of K candidates a margin apart: scores (K, B) -> lists (scene, better, worse) of indices, by scene."""
+    order = scores.argsort(0, descending=True)                                       # (K, B)
+    found = [(i, *order[[a, b], i].tolist()) for i in range(scores.shape[1])
+             for a in range(len(scores)) for b in range(a + 1, len(scores))]
+    return [(i, w, l) for i, w, l in found if scores[w, i] - scores[l, i] >= margin]
+
+
 @torch.no_grad()
 def make_pairs(cfg, models, pool, scene, stop, device, rank, world):
     """Fill the folder `pool` with shards of pairs for cfg.pairs scenes, the first of which is number `scene`. -> True
@@ -185,34 +196,54 @@ def make_pairs(cfg, models, pool, scene, stop, device, rank, world):
         begin, _ = simdata.make_scene(scenario, count, seed, "train", cfg.size, start=start)
         weights = chaos_weights(begin, batch, cfg.frames, cfg.fps, start)
         photo, text = batch["photo"], models.read(batch["caption"])
+        frame, small = batch["video"][:, :, :1].to(device), cfg.size <= sample.SMALL
         latents, scores = [], []
         with common.autocast(device):
-            first = models.vae.encode(batch["video"][:, :, :1].to(device))
-            grid = [n // 2 for n in first.shape[3:]]
+            firsts = [models.vae.encode(x) for x in (frame, frame.flip(-1))]         # as it is, and in a mirror
+            grid = [n // 2 for n in firsts[0].shape[3:]]
             phys = models.encoder(photo.to(device), grid, (cfg.frames - 1) // 4) if models.encoder else None
             for k in range(cfg.candidates + cfg.truth):
-                x0 = sample.generate_latent(models, first, text.to(device), phys,
+                x0 = sample.generate_latent(models, firsts[0], text.to(device), phys,
                                             [("pairs", seed, start + i, k) for i in range(count)], cfg.frames,
                                             steps=cfg.sampler_steps) if k < cfg.candidates else \
                     models.vae.encode(batch["video"].to(device))[:, :, 1:]
-                video = models.vae.decode(torch.cat([first, x0], 2), 0 if cfg.size <= sample.SMALL else 2).cpu()
-                latents.append(x0.cpu()), scores.append(score(video, batch, weights))
-        latents, scores = torch.stack(latents), torch.stack(scores)                  # (K, B, ...), (K, B)
-        best, worst, every = scores.argmax(0), scores.argmin(0), torch.arange(count)
-        clear = (scores[best, every] - scores[worst, every]) >= cfg.margin
-        keep = every[clear]
+                video = models.vae.decode(torch.cat([firsts[0], x0], 2), 0 if small else 2)
+                scores.append(score(video.cpu(), batch, weights))
+                # gravity has no left or right, and an encoded mirror image is what the DiT would have to make there
+                flipped = torch.cat([frame, video[:, :, 1:].to(frame)], 2).flip(-1)
+                latents.append(torch.stack([x0, models.vae.encode(flipped, 0 if small else 2)[:, :, 1:]]).cpu())
+        latents, firsts = torch.stack(latents), torch.stack(firsts).cpu()            # (K, 2, B, ...), (2, B, ...)
+        pairs = [(*pair, m) for pair in ranked(torch.stack(scores), cfg.margin) for m in (0, 1)]
+        scene_of, better, worse, mirrored = torch.tensor(pairs, dtype=torch.long).view(-1, 4).unbind(1)
         with common.atomic(f"{pool}/{s:04d}.jsonl") as tmp, open(tmp, "w") as f:
-            for i in keep.tolist():
+            for i, w, l, m in pairs:
                 f.write(json.dumps({"scenario": scenario, "seed": seed, "index": start + i,
-                                    "caption": batch["caption"][i],
-                                    "winner_score": round(scores[best[i], i].item(), 4),
-                                    "loser_score": round(scores[worst[i], i].item(), 4), "source": "simulator"}) + "\n")
+                                    "caption": batch["caption"][i], "winner_score": round(scores[w][i].item(), 4),
+                                    "loser_score": round(scores[l][i].item(), 4), "mirrored": bool(m),
+                                    "source": "simulator"}) + "\n")
+        photos = ((torch.stack([photo, photo.flip(-1)]) + 1) * 127.5).round().byte()
         # the tensors last: their file says that the shard is complete
         common.save_weights(f"{pool}/{s:04d}.safetensors", dict(
-            first=first.cpu()[keep].bfloat16(), winner=latents[best, every][keep].bfloat16(),
-            loser=latents[worst, every][keep].bfloat16(), photo=((photo + 1) * 127.5).round().byte()[keep],
-            text=M.bytes_to_tokens(batch["caption"], M.LONG)[keep].short()), stamp)
+            first=firsts[mirrored, scene_of].bfloat16(), winner=latents[better, mirrored, scene_of].bfloat16(),
+            loser=latents[worse, mirrored, scene_of].bfloat16(), photo=photos[mirrored, scene_of],
+            text=M.bytes_to_tokens(batch["caption"], M.LONG)[scene_of].short()), stamp)
     return stop.agreed(device)                     # once all ranks are done
+
+
+def chosen(lines, best_only, mirror):
+    """Which pairs are learned from, by their lines in .jsonl -> their numbers. Best against worst is the widest margin
+    of its scene; a line that names no scene (pairs from elsewhere) stands for itself."""
+    kept = [i for i, line in enumerate(lines) if mirror or not line.get("mirrored")]
+    if not best_only:
+        return kept
+    widest = {}
+    for i in kept:
+        line = lines[i]
+        key = tuple(line[k] for k in ("scenario", "seed", "index")) + (line.get("mirrored"),) if "index" in line else i
+        margin = line.get("winner_score", 0) - line.get("loser_score", 0)
+        if margin > widest.get(key, (-math.inf, i))[0]:
+            widest[key] = margin, i
+    return [i for _, i in widest.values()]
 
 
 def load_pairs(cfg, models, pool, rank):
@@ -232,7 +263,8 @@ def load_pairs(cfg, models, pool, rank):
         if len(notes) != len(tensors["winner"]):
             raise common.InputError(f"{pool}/{name}: {len(notes)} lines in .jsonl, "
                                     f"{len(tensors['winner'])} pairs in .safetensors")
-        parts.append(tensors), lines.extend(notes)
+        keep = chosen(notes, cfg.best_only, cfg.mirror)
+        parts.append({k: v[keep] for k, v in tensors.items()}), lines.extend(notes[i] for i in keep)
     if not lines:
         raise common.InputError(f"{pool} holds no pairs: every margin was under --margin={cfg.margin}; lower it, "
                                 "or raise --candidates")

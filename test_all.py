@@ -1842,6 +1842,20 @@ def test_a_dit_with_a_text_encoder_trains_in_shards(tmp_path):
     refused("sft.py", *TINY_SFT, "--foretell=True", "--fps=24", cwd=tmp_path, says="16 fps")
 
 
+def test_pairs_are_all_that_are_a_margin_apart():
+    scores = torch.tensor([[-1.0, -5.0], [-3.0, -5.1], [-2.0, -4.0]])                # (K, B)
+    assert dpo.ranked(scores, 0.5) == [(0, 0, 2), (0, 0, 1), (0, 2, 1), (1, 2, 0), (1, 2, 1)]
+    assert dpo.ranked(scores, 1.5) == [(0, 0, 1)] and dpo.ranked(scores, 9) == []
+    line = lambda index, w, l, m=False: dict(scenario="drop", seed=1, index=index, winner_score=w, loser_score=l,
+                                             mirrored=m)
+    lines = [line(0, -1, -2), line(0, -1, -2, True), line(0, -1, -3), line(0, -1, -3, True), line(1, -4, -5),
+             dict(caption="someone's choice"), dict(caption="another's")]
+    assert dpo.chosen(lines, best_only=False, mirror=True) == list(range(7))
+    assert dpo.chosen(lines, best_only=False, mirror=False) == [0, 2, 4, 5, 6]
+    assert dpo.chosen(lines, best_only=True, mirror=True) == [2, 3, 4, 5, 6]
+    assert dpo.chosen(lines, best_only=True, mirror=False) == [2, 4, 5, 6]
+
+
 def test_dpo_runs_and_resumes(tmp_path, monkeypatch):
     tiny = ["--pairs=4", "--candidates=2", "--margin=0", "--sampler_steps=2", "--batch=2", "--eval_clips=2", "--rank=2",
             "--eval_every=2", "--log_every=1", "--warmup=1", f"--data={HERE}/data", "--device=cpu", "--scenarios=drop"]
@@ -1861,6 +1875,17 @@ def test_dpo_runs_and_resumes(tmp_path, monkeypatch):
     line = json.loads(open(tmp_path / "out/pairs/0000.jsonl").readline())
     assert {"caption", "winner_score", "loser_score", "source"} <= line.keys()
     assert line["winner_score"] >= line["loser_score"]
+    # each pair is followed by its mirror image, which has been encoded, not turned about as a latent
+    lines, pool = common.read_lines(tmp_path / "out/pairs/0000.jsonl"), read_all(tmp_path / "out/pairs/0000.safetensors")
+    assert len(lines) == 8 and [line["mirrored"] for line in lines] == [False, True] * 4
+    vae = judge.sample.load_models(f"{HERE}/data", 1).vae
+    assert torch.equal(pool["photo"][::2].flip(-1), pool["photo"][1::2])
+    assert torch.equal(pool["text"][::2], pool["text"][1::2])
+    with torch.no_grad():
+        for clip in ("winner", "loser"):
+            video = vae.decode(torch.cat([pool["first"], pool[clip]], 2))
+            off = lambda there: (video[::2] - there).square().mean()
+            assert off(video[1::2].flip(-1)) < 0.1 * off(video[1::2]), clip
     # the same, stopped after each checkpoint
     os.makedirs(tmp_path / "out/b")
     process = subprocess.Popen([sys.executable, f"{HERE}/dpo.py", *tiny, "--name=b", "--steps=3"], cwd=tmp_path,
@@ -1896,9 +1921,11 @@ def test_dpo_runs_and_resumes(tmp_path, monkeypatch):
     for k in moved:
         assert (whole[k] - turn[k]).norm() <= 0.01 * turn[k].norm(), k
     # the truth may be a candidate; without a preference the winners alone are learned, and the best stays the best
-    run("dpo.py", *tiny, "--name=true", "--steps=2", "--stages=2", "--truth=True", "--pool=out/true", "--beta=0",
-        "--lr=0.5", cwd=tmp_path)
-    lines = [[json.loads(x) for x in open(tmp_path / f"out/{pool}/0000.jsonl")] for pool in ("pairs", "true")]
+    run("dpo.py", *tiny, "--name=true", "--steps=2", "--stages=2", "--truth=True", "--best_only=True",
+        "--pool=out/true", "--beta=0", "--lr=0.5", cwd=tmp_path)
+    lines = [common.read_lines(tmp_path / f"out/{pool}/0000.jsonl") for pool in ("pairs", "true")]
+    lines = [[some[i] for i in dpo.chosen(some, best_only=True, mirror=False)] for some in lines]
+    assert len(lines[0]) == len(lines[1]) == 4
     assert all(t["winner_score"] > p["winner_score"] and t["loser_score"] == p["loser_score"] for p, t in zip(*lines))
     ruined, kept = (read_all(tmp_path / f"out/true/{x}.safetensors") for x in ("state2", "lora2"))
     assert all(v.abs().max() == 0 for k, v in kept.items() if k.endswith("lora_B"))
@@ -1915,7 +1942,7 @@ def test_dpo_runs_and_resumes(tmp_path, monkeypatch):
     for k in (k for k in begun if k.startswith("reference/")):                       # it goes on where round 1 ended
         assert k.endswith(("lora_A", "lora_B")) and torch.equal(begun[k], earlier["best" + k.removeprefix("reference")])
     assert {k.split(".")[0] for k in ended if k.startswith("model/")} == {"model/dit", "model/head"}
-    scenes, policies = zip(*(([json.loads(x)["index"] for x in open(tmp_path / f"out/{pool}/0000.jsonl")],
+    scenes, policies = zip(*((sorted({line["index"] for line in common.read_lines(tmp_path / f"out/{pool}/0000.jsonl")}),
                               common.read_weights(tmp_path / f"out/{pool}/0000.safetensors")[1]["policy"])
                              for pool in ("pairs", "pairs_2")))
     assert scenes == ([0, 1, 2, 3], [4, 5, 6, 7]) and policies[0] != policies[1]

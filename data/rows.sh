@@ -29,11 +29,11 @@ table() {
     # Controls, after Stage I. 720 steps on truth take as many passes through the DiT as Stage II with its pairs does:
     # 640 scenes x 4 candidates x 12 sampler steps, and 300 steps x 16 pairs x 2 clips x (2 forward, 2 backward)
     sft more --init_from=$rows/row3/dit.safetensors $truth
-    dpo winners lora2 $I --stages=2 --beta=0                               # SFT on the winners alone
-    T="--data=$rows/row3 --pool=$rows/pairs3t --stages=2 --truth=True"
+    dpo winners lora2 $I --stages=2 $one --beta=0                          # SFT on the winners alone
+    T="--data=$rows/row3 --pool=$rows/pairs3t --stages=2 --truth=True $one"
     dpo best lora2 $T                                                      # DPO, the truth a candidate
     dpo truth lora2 $T --beta=0                                            # SFT of the LoRA on the truth
-    dpo plain lora2 $I --stages=2 --sft=0 --beta=500                       # the paper's loss alone, held less firmly
+    dpo plain lora2 $I --stages=2 $one --sft=0                             # the paper's pairs and its loss alone
     [ "$seed" = 0 ] || return 0                                            # the rest is of less interest: one seed
     dpo row7 head3 $I --stages=both                                        # 7: Stage I, DPO of both
     dpo row4 lora2 --data=$rows/row2 --pool=$rows/pairs2 --stages=2        # 4: row 2, DPO of the DiT
@@ -83,6 +83,7 @@ case "$1:$2" in
        exit 2 ;;
 esac
 truth="--steps=720 --eval_every=720 --lr=2e-3 --adam_lr=1e-3"              # going on with it, see table
+one="--best_only=True --mirror=False"                                       # best against worst, and no other pair
 for seed in "$@"; do
     rows=out/rows/$seed
     sft base --phys=False --physics=False --pool=out/pool_base             # 1: things move, but do not fall
