@@ -1883,7 +1883,7 @@ def test_dpo_runs_and_resumes(tmp_path, monkeypatch):
     assert torch.equal(pool["text"][::2], pool["text"][1::2])
     with torch.no_grad():
         for clip in ("winner", "loser"):
-            video = vae.decode(torch.cat([pool["first"], pool[clip]], 2))
+            video = vae.decode(torch.cat([pool["first"], pool[clip]], 2).float())
             off = lambda there: (video[::2] - there).square().mean()
             assert off(video[1::2].flip(-1)) < 0.1 * off(video[1::2]), clip
     # the same, stopped after each checkpoint
