@@ -9,6 +9,7 @@ the same thing.
     python bench.py --only=pybullet       # the simulator's outcomes beside PyBullet's, no times; five minutes
     python bench.py --only=compiled       # whether torch.compile pays in the world
     python bench.py --only=profile        # where the world's time goes
+    python bench.py --only=wan --profile  # the published sizes with random weights, on a GPU
     python bench.py --only=solvers        # the world's contact solver beside small-step XPBD; eight minutes
 
 The peers are diffusers' classes with the same random weights; without diffusers only our times are shown, and without
@@ -28,8 +29,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import ProfilerActivity, profile as profiler
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 import common
 import dpo
@@ -43,10 +46,11 @@ import vae as V
 
 @dataclass
 class Config:
-    only: str = "all"               # all, world, peers, pybullet, compiled, profile, solvers, vae, dit, sample, memory
+    only: str = "all"               # all, or world, peers, pybullet, compiled, profile, solvers, vae, dit, sample, memory, wan
     repeat: int = 5                 # timed repetitions, after one warm-up
     batch: int = 32                 # clips
     data: str = "data"              # folder with the shipped weights
+    profile: bool = False           # of wan: which kernels take the time
     device: str = "auto"            # auto, cuda, mps or cpu
 
 
@@ -654,11 +658,86 @@ def memory(cfg, device):
                   f"{(more + vae) / (peak + vae):.2f}x")
 
 
+def wan(cfg, device):
+    """The published sizes with random weights on a GPU: a DiT pass, of which a sampler step with guidance takes two, and
+    a step of Stage II."""
+    if device.type != "cuda":
+        print("wan: needs a GPU, left out")
+        return
+
+    def build(config):                             # bf16, norms and times in fp32, as load_published has them
+        with torch.device("meta"):
+            dit = M.VideoDiT(config)
+        for name, p in [*dit.named_parameters()]:
+            kind = torch.float32 if re.search(M.VideoDiT.FLOAT32, name) else torch.bfloat16
+            value = 0.02 * torch.randn(p.shape, dtype=kind, device=device)
+            dit.load_state_dict({name: 1 + value if "norm" in name and "weight" in name else value}, strict=False,
+                                assign=True)
+        return M.add_phys(dit.requires_grad_(False).eval())
+
+    def gigabytes():
+        peak = torch.cuda.max_memory_allocated(device) / 1e9
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak
+    # name, frames, height, width, sampler steps, its VAE's stride
+    for name, frames, height, width, steps, stride in (("wan1.3b", 81, 480, 832, 50, 8), ("wan5b", 121, 704, 1280, 50, 16)):
+        config = M.CONFIGS[name]
+        dit, C, h, w = build(config), config["in_dim"], height // stride, width // stride
+        gigabytes()
+        draw = lambda *shape: torch.randn(1, *shape, device=device)
+        inputs = [draw(C, (frames - 1) // 4, h, w), torch.full((1,), 0.5, device=device), draw(512, 4096), draw(C, 1, h, w)]
+        phys = draw(15 * 26, config["dim"])        # at most 400 physical tokens
+
+        @torch.no_grad()
+        def once(*more):
+            with common.autocast(device):
+                return dit(*inputs, *more)
+        with FlopCounterMode(display=False) as count:
+            plain = once()
+        t, again = median(once, cfg.repeat, device)
+        u, _ = median(lambda: once(phys), cfg.repeat, device)
+        assert (again - plain).abs().max() <= 0.02 * plain.abs().max() and plain.isfinite().all()
+        flops = count.get_total_flops()
+        print(f"{name}, {frames} frames of {width} x {height}: a pass {t:.3f} s, {flops / t / 1e12:.0f} TFLOP/s, "
+              f"{steps} steps with guidance {2 * steps * t:.0f} s, peak {gigabytes():.1f} GB; {phys.shape[1]} physical "
+              f"tokens add {100 * (u / t - 1):.1f} %")
+        if cfg.profile:
+            with profiler(activities=[ProfilerActivity.CUDA]) as seen:
+                once()
+            print(seen.key_averages().table(sort_by="cuda_time_total", row_limit=12, max_name_column_width=70))
+
+        dit.checkpointing, h, w = True, 480 // stride, 832 // stride
+        encoder = E.PhysEncoder(E.CONFIGS["dinov2_vitb14"] | {"out_dim": config["dim"]}).to(device)
+        M.add_lora(dit, 16, 32)
+        net = dpo.Policy(dit, encoder.head.requires_grad_(False))
+        trained = {n: p for n, p in net.named_parameters() if p.requires_grad}
+        reference = {n: p.detach().clone() for n, p in trained.items()}
+        optimizer = torch.optim.AdamW(trained.values())
+        first, clips = draw(C, 1, h, w), [draw(C, 12, h, w) for _ in range(2)]
+        photo, text, eps = draw(3, 518, 518), inputs[2], draw(C, 12, h, w)
+
+        def step():
+            with common.autocast(device):
+                seen = encoder.features(photo)
+                with torch.no_grad():
+                    torch.func.functional_call(net, reference, (seen, first, clips, text, inputs[1], eps))
+                for clip in clips:
+                    net(seen, first, [clip], text, inputs[1], eps)[0].sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        step(), gigabytes()
+        t, _ = median(step, cfg.repeat, device)
+        print(f"    Stage II, 49 frames of 832 x 480, winner and loser in turn: {t:.2f} s a pair, peak {gigabytes():.1f} GB")
+        del dit, net, encoder, optimizer, trained, reference
+        torch.cuda.empty_cache()
+
+
 def main():
     cfg = common.parse_config(Config, sys.argv[1:])
     common.check_range(cfg, repeat=(1, 1000), batch=(1, 4096))
     parts = {"world": world, "peers": peers, "pybullet": pybullet, "compiled": compiled,
-             "profile": profile, "solvers": solvers, "vae": vae, "dit": dit, "sample": sampling, "memory": memory}
+             "profile": profile, "solvers": solvers, "vae": vae, "dit": dit, "sample": sampling, "memory": memory,
+             "wan": wan}
     if cfg.only not in ("all", *parts):
         raise common.InputError(f"--only={cfg.only}: expected all, {', '.join(parts)}")
     device, _, _ = common.setup(cfg.device)

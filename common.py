@@ -220,30 +220,49 @@ def _begin():
     signal.signal(signal.SIGINT, signal.SIG_IGN)   # Ctrl-C reaches the whole group; the process that started it ends it
 
 
+def each(x, convert):
+    """A dict of tensors, dicts and whatever else -> the same with every tensor (or array) converted."""
+    if isinstance(x, dict):
+        return {k: each(v, convert) for k, v in x.items()}
+    return convert(x) if isinstance(x, (torch.Tensor, np.ndarray)) else x
+
+
 def _call(function, task):
-    return {k: v.numpy() if torch.is_tensor(v) else v for k, v in function(*task).items()}
+    return each(function(*task), lambda v: v.cpu().numpy())
 
 
-def side_by_side(function, tasks):
-    """Yield function(*task), a flat dict, for each task in order: as many at a time as this rank has cores, at most 8,
-    each in a process of its own with one thread. For what spends its time between small operations, as the simulator
-    does: there a second thread gains nothing, a second process doubles the speed."""
+def scenes_at_once(device):
+    """How many times as many scenes as on a CPU are simulated at once: there a GPU takes hardly longer for more."""
+    return 1 if device.type == "cpu" else 8
+
+
+def side_by_side(function, tasks, device=torch.device("cpu")):
+    """Yield function(*task), a dict, for each task in order: as many at a time as this rank has cores, at most 16, of
+    those that work on a GPU 4, each in a process of its own with one thread. For what spends its time between small
+    operations, as the simulator does: there a second thread gains nothing, a second process doubles the speed."""
     # macOS cannot say which cores are ours
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    count = min(len(tasks), 8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    count = min(len(tasks), 16 if device.type == "cpu" else 4, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if count < 2:
         yield from (function(*task) for task in tasks)
         return
     with ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _begin) as pool:
         try:                                       # a process that is killed, for memory, ends all with an error
-            # as many as there are processes, then those: what is done with the results has all cores to itself
-            for i in range(0, len(tasks), count):
-                for done in list(pool.map(_call, [function] * count, tasks[i:i + count])):
-                    yield {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in done.items()}
+            # no more than one ahead for each process: films are large
+            ahead = [pool.submit(_call, function, task) for task in tasks[:count]]
+            for i in range(len(tasks)):
+                done = ahead.pop(0).result()
+                if i + count < len(tasks):
+                    ahead.append(pool.submit(_call, function, tasks[i + count]))
+                yield each(done, torch.from_numpy)
         except BaseException:                      # Ctrl-C shall not wait for what is half done
             for process in multiprocessing.active_children():
                 process.terminate()
             raise
+
+
+def ranks():
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def average(value, device):
@@ -299,9 +318,20 @@ def seed_of(*keys):
     return h >> 1
 
 
-def generator(*keys):
-    """A CPU torch.Generator that depends on nothing but the keys."""
-    return torch.Generator().manual_seed(seed_of(*keys))
+def generator(*keys, device="cpu"):
+    """A torch.Generator that depends on nothing but the keys (and, in what it gives, on the kind of device)."""
+    return torch.Generator(device).manual_seed(seed_of(*keys))
+
+
+def noise(shape, *keys, device="cpu"):
+    """The normal noise of a training step, drawn where it is used: on the CPU it would take as long as a GPU's step."""
+    return torch.randn(shape, generator=generator(*keys, device=device), device=device)
+
+
+def at_hand(pool, device):
+    """A dict of tensors from which a training takes rows -> the same on the device, if half its memory holds it."""
+    fits = sum(v.nbytes for v in pool.values()) < free_memory(device) / 2
+    return {k: v.to(device) for k, v in pool.items()} if fits else pool
 
 
 def randn(shape, keys):

@@ -89,7 +89,8 @@ PRESETS = {"nano": {}, "small": dict(data="out/small", name="dpo_small", pool="o
 PRESETS |= {name: dict(data=f"out/{name}", name=f"dpo_{name}", pool=f"out/pairs_{name}", size=512, frames=49, fps=fps,
                        sampler_steps=25, temperature=1.0, checkpointing=True, in_turn=True, best_only=True)  # memory
             for name, fps in (("wan5b", 24), ("wan1.3b", 16))}
-SHARD = 64                                         # scenes per shard of pairs
+SHARD = 64                                         # scenes per shard of pairs, on a GPU more
+SEED = 1                                           # of these scenes, which neither the backbone nor Stage I has seen
 # What a stage trains. Of the rows in PhysMaster's Table 1, 4 and 5 are --stages=2, 6 is head, 7 both, 8 is 2,3 and 9 is
 # 2,both. A lone 3 begins with data's lora2.
 STAGES = {"2": "LoRA", "3": "head", "head": "head", "both": "LoRA and head"}
@@ -132,7 +133,7 @@ def chaos_weights(scene, path, frames, fps, start=0, sims=4, parser_noise=0.25):
 
     Half a pixel and five degrees cannot be seen in the first frame. Where they decide what happens, so late after a
     tumbling box's first contact, no clip is right or wrong, and a preference there would label chaos."""
-    index = torch.arange(start, start + len(path["position"]))
+    index = torch.arange(start, start + len(path["position"]), device=path["position"].device)
     draw = simdata.Draws("train", 10**6, index)
     draw.key = torch.cat([simdata.Draws("train", 10**6 + i, index).key for i in range(sims)])
     # all re-simulations as one batch: its time hardly grows with the size
@@ -174,6 +175,16 @@ def ranked(scores, margin):
     return [(i, w, l) for i, w, l in found if scores[w, i] - scores[l, i] >= margin]
 
 
+def judged(scenario, count, start, form, device, whole):
+    """Some training scenes and what judges them: of a make_batch dict what make_pairs needs (whole: the films, not only
+    the first frames), and chaos_weights."""
+    batch = simdata.make_batch(scenario, count, SEED, "train", start=start, device=device, **form)
+    batch = {k: batch[k] for k in ("video", "photo", "mask", "alive", "falls", "position", "caption")}
+    batch["video"] = batch["video"] if whole else batch["video"][:, :, :1].clone()
+    begin, _ = simdata.make_scene(scenario, count, SEED, "train", form["size"], device, start)
+    return batch | dict(weights=chaos_weights(begin, batch, form["frames"], form["fps"], start))
+
+
 @torch.no_grad()
 def make_pairs(cfg, models, pool, scene, stop, device, rank, world):
     """Fill the folder `pool` with shards of pairs for cfg.pairs scenes, the first of which is number `scene`. -> True
@@ -183,32 +194,32 @@ def make_pairs(cfg, models, pool, scene, stop, device, rank, world):
     common.make_dir(pool)
     names, stamp = cfg.scenarios.split(","), pair_stamp(cfg, models)
     # larger clips: fewer at a time; and a share for every scenario
-    shard = max(1, min(int(SHARD * 25 * 64**2 / (cfg.frames * cfg.size**2)), math.ceil(cfg.pairs / len(names))))
+    shard = SHARD * common.scenes_at_once(device) * 25 * 64**2 / (cfg.frames * cfg.size**2)
+    shard = max(1, min(int(shard), math.ceil(cfg.pairs / len(names))))
     missing = [s for s in range(math.ceil(cfg.pairs / shard))[rank::world]
                if not os.path.exists(f"{pool}/{s:04d}.safetensors")]
-    for s in tqdm(missing, desc=f"pairs, shards of {shard} scenes", disable=rank > 0 or not missing):
+    tasks = [(names[s % len(names)], min(shard, cfg.pairs - s * shard), scene + s * shard, form(cfg, models),
+              str(device), cfg.truth) for s in missing]
+    made = common.side_by_side(judged, tasks, device)
+    for s, (scenario, count, start, *_) in tqdm(zip(missing, tasks), total=len(missing), disable=rank > 0 or not missing,
+                                                desc=f"pairs, shards of {shard} scenes"):
         if stop.now:
             break
-        count, start = min(shard, cfg.pairs - s * shard), scene + s * shard
-        scenario = names[s % len(names)]
-        seed = 1                                   # training scenes that neither the backbone nor Stage I has seen
-        batch = simdata.make_batch(scenario, count, seed, "train", **form(cfg, models), start=start)
-        begin, _ = simdata.make_scene(scenario, count, seed, "train", cfg.size, start=start)
-        weights = chaos_weights(begin, batch, cfg.frames, cfg.fps, start)
-        photo, text = batch["photo"], models.read(batch["caption"])
-        frame, small = batch["video"][:, :, :1].to(device), cfg.size <= sample.SMALL
+        batch = common.each(next(made), lambda v: v.to(device))
+        photo, text = batch["photo"], models.read(batch["caption"]).to(device)
+        frame, small = batch["video"][:, :, :1], cfg.size <= sample.SMALL
         latents, scores = [], []
         with common.autocast(device):
             firsts = [models.vae.encode(x) for x in (frame, frame.flip(-1))]         # as it is, and in a mirror
             grid = [n // 2 for n in firsts[0].shape[3:]]
-            phys = models.encoder(photo.to(device), grid, (cfg.frames - 1) // 4) if models.encoder else None
+            phys = models.encoder(photo, grid, (cfg.frames - 1) // 4) if models.encoder else None
             for k in range(cfg.candidates + cfg.truth):
-                x0 = sample.generate_latent(models, firsts[0], text.to(device), phys,
-                                            [("pairs", seed, start + i, k) for i in range(count)], cfg.frames,
+                x0 = sample.generate_latent(models, firsts[0], text, phys,
+                                            [("pairs", SEED, start + i, k) for i in range(count)], cfg.frames,
                                             steps=cfg.sampler_steps) if k < cfg.candidates else \
-                    models.vae.encode(batch["video"].to(device))[:, :, 1:]
+                    models.vae.encode(batch["video"])[:, :, 1:]
                 video = models.vae.decode(torch.cat([firsts[0], x0], 2), 0 if small else 2)
-                scores.append(score(video.cpu(), batch, weights))
+                scores.append(score(video, batch, batch["weights"]).cpu())
                 # gravity has no left or right, and an encoded mirror image is what the DiT would have to make there
                 flipped = torch.cat([frame, video[:, :, 1:].to(frame)], 2).flip(-1)
                 latents.append(torch.stack([x0, models.vae.encode(flipped, 0 if small else 2)[:, :, 1:]]).cpu())
@@ -217,16 +228,17 @@ def make_pairs(cfg, models, pool, scene, stop, device, rank, world):
         scene_of, better, worse, mirrored = torch.tensor(pairs, dtype=torch.long).view(-1, 4).unbind(1)
         with common.atomic(f"{pool}/{s:04d}.jsonl") as tmp, open(tmp, "w") as f:
             for i, w, l, m in pairs:
-                f.write(json.dumps({"scenario": scenario, "seed": seed, "index": start + i,
+                f.write(json.dumps({"scenario": scenario, "seed": SEED, "index": start + i,
                                     "caption": batch["caption"][i], "winner_score": round(scores[w][i].item(), 4),
                                     "loser_score": round(scores[l][i].item(), 4), "mirrored": bool(m),
                                     "source": "simulator"}) + "\n")
-        photos = ((torch.stack([photo, photo.flip(-1)]) + 1) * 127.5).round().byte()
+        photos = ((torch.stack([photo, photo.flip(-1)]) + 1) * 127.5).round().byte().cpu()
         # the tensors last: their file says that the shard is complete
         common.save_weights(f"{pool}/{s:04d}.safetensors", dict(
             first=firsts[mirrored, scene_of].bfloat16(), winner=latents[better, mirrored, scene_of].bfloat16(),
             loser=latents[worse, mirrored, scene_of].bfloat16(), photo=photos[mirrored, scene_of],
             text=M.bytes_to_tokens(batch["caption"], M.LONG)[scene_of].short()), stamp)
+    made.close()
     return stop.agreed(device)                     # once all ranks are done
 
 
@@ -278,7 +290,7 @@ def load_pairs(cfg, models, pool, rank):
 # ----------------------------------------------------------------------------------------------------------------------
 # one stage: the same loop, only what is trained differs
 
-def train(cfg, stage, around, models, pairs, folder, stop, device, rank, world):
+def train(cfg, stage, around, models, pairs, held_out, folder, stop, device, rank, world):
     """Train what STAGES[stage] says in one round; everything else is frozen. -> True if stopped."""
     dit, encoder = models.dit, models.encoder
     head = encoder.head if encoder is not None else None
@@ -312,28 +324,13 @@ def train(cfg, stage, around, models, pairs, folder, stop, device, rank, world):
         print(f"Stage {stage}, round {around}, {STAGES[stage]}: {sum(p.numel() for p in trained.values()):,} trained "
               f"parameters, from step {start}")
 
-    def outcome():
-        """traj_l2 on val scenes, the same ones and the same noise each time, as cold as sample.py's (the candidates'
-        is not: they should differ). This, not the loss, is what the stage is for."""
-        total, names = torch.zeros(2), cfg.scenarios.split(",")
-        raw.eval()
-        most = 16 if cfg.size <= sample.SMALL else 1
-        for i in range(rank * most, cfg.eval_clips, world * most):
-            count = min(most, cfg.eval_clips - i)
-            scenario = names[i // 16 % len(names)]
-            batch = simdata.make_batch(scenario, count, 0, "val", **form(cfg, models), start=i)
-            video = sample.generate(models, batch["video"][:, :, 0].to(device), batch["caption"],
-                                    [("val", i + j) for j in range(count)], cfg.frames, cfg.sampler_steps,
-                                    temperature=cfg.temperature, photo=batch["photo"].to(device)).cpu()
-            value = judge.measure(video, batch, cfg.fps, detail=False)["traj_l2"]
-            total += torch.tensor([value.nansum().item(), value.isfinite().sum().item()])
-        raw.train()
-        total = common.average(total, device)
-        return (total[0] / total[1]).item()
-
     @torch.no_grad()
     def report(step):
-        value = outcome()                          # the same on all ranks
+        """The outcome on val scenes, as cold as sample.py's (the candidates are not: they should differ). This, not the
+        loss, is what the stage is for."""
+        raw.eval()
+        value, _ = judge.outcome(models, held_out, device, steps=cfg.sampler_steps, temperature=cfg.temperature)
+        raw.train()
         if value < best["val_traj_l2"]:
             for k, p in trained.items():
                 best[k].copy_(p)
@@ -352,15 +349,15 @@ def train(cfg, stage, around, models, pairs, folder, stop, device, rank, world):
             group["lr"] = group["peak"] * scale
         g = common.generator(cfg.seed, "dpo", name, step)
         index = torch.randint(len(pairs["winner"]), (cfg.batch,), generator=g)
-        t, eps = M.sample_t(cfg.batch, g, cfg.shift), torch.randn(cfg.batch, *pairs["winner"].shape[1:], generator=g)
+        t = M.sample_t(cfg.batch, g, cfg.shift).to(device)
+        eps = common.noise((cfg.batch, *pairs["winner"].shape[1:]), cfg.seed, "dpo noise", name, step, device=device)
         mine = slice(rank * cfg.batch // world, (rank + 1) * cfg.batch // world)
-        row = {k: v[index[mine]].to(device) for k, v in pairs.items()}
+        row = {k: v[index[mine].to(v.device)].to(device) for k, v in pairs.items()}
         photo = row["photo"].float() / 127.5 - 1
         with common.autocast(device):
             seen = encoder.features(photo) if encoder is not None else None
             said = models.read(M.tokens_to_strings(row["text"])) if models.text else row["text"][:, :M.BYTES].long()
-            errors = lambda net, *clips: net(seen, row["first"].float(), clips, said.to(device),
-                                             t[mine].to(device), eps[mine].to(device))
+            errors = lambda net, *clips: net(seen, row["first"].float(), clips, said.to(device), t[mine], eps[mine])
             pair = row["winner"].float(), row["loser"].float()
             with torch.no_grad():                  # the same module, the same precision, the tensors of step 0
                 ref_w, ref_l = errors(lambda *x: torch.func.functional_call(raw, reference, x), *pair)
@@ -444,19 +441,21 @@ def main():
     understand([c for name in cfg.scenarios.split(",") for n, *where in ((cfg.rounds * cfg.pairs, 1, "train"),
                                                                          (cfg.eval_clips, 0, "val"))
                 for c in simdata.captions(simdata.make_scene(name, n, *where)[0])])
+    held_out = judge.val_scenes(cfg.scenarios.split(","), cfg.eval_clips, 16 if cfg.size <= sample.SMALL else 1, rank,
+                                world, form(cfg, models))
     stop, stopped = common.Stop(), False
     for around in range(1, cfg.rounds + 1):
         pool = cfg.pool if around == 1 else f"{cfg.pool}_{around}"                   # other scenes, the policy of now
         if make_pairs(cfg, models, pool, (around - 1) * cfg.pairs, stop, device, rank, world):
             stopped = True
             break
-        pairs = load_pairs(cfg, models, pool, rank)
+        pairs = common.at_hand(load_pairs(cfg, models, pool, rank), device)
         understand(M.tokens_to_strings(pairs["text"]))                               # pairs may come from elsewhere
         if around == 1 and stages == ["3"]:        # Stage III alone: Stage II's LoRA is on, in policy and reference
             models, text = sample.load_models(cfg.data, 2, device=device), models.text
             models.dit.checkpointing, models.text = cfg.checkpointing, text
         for stage in stages:
-            stopped = stopped or train(cfg, stage, around, models, pairs, folder, stop, device, rank, world)
+            stopped = stopped or train(cfg, stage, around, models, pairs, held_out, folder, stop, device, rank, world)
         if stopped:
             break
     if rank == 0:

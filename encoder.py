@@ -534,24 +534,25 @@ MIRROR = torch.ones(STATE + 2 * FUTURE)            # what changes sign in a mirr
 MIRROR[[0, 5, 6]], MIRROR[STATE::2] = -1, -1
 
 
-def frames(name, n, seed, split, size, start, photo):
+def frames(name, n, seed, split, size, start, photo, device="cpu"):
     """One part of what render gives."""
     import simdata                                                                     # PhysEncoder needs no simulator
     clips = simdata.make_batch(name, n, seed, split, 1 + FUTURE, size, start=start, filmed=1, photo=photo,
-                               antialias=1)                                            # of the film only truth is used
+                               antialias=1, device=device)                             # of the film only truth is used
     return dict(image=((clips["photo"] + 1) * 127.5).round().byte(), depth=clips["depth"][:, 0],
                 mask=clips["mask"][:, 0], normal=(clips["normal"][:, :, 0] * 127).round().to(torch.int8),
                 body=bodies(clips, size))
 
 
-def render(scenes, scenarios, seed, split, size, photo):
+def render(scenes, scenarios, seed, split, size, photo, device=torch.device("cpu")):
     """First frames of `scenes` scenes, and what becomes of them. -> dict over N scenes: image (3, photo, photo) uint8;
     depth (size, size) in metres, mask (size, size) uint8, normal (3, size, size) int8 in 1/127; body: bodies(...)."""
     names = scenarios.split(",")
     counts = [scenes // len(names) + (i < scenes % len(names)) for i in range(len(names))]
-    tasks = [(name, min(512, n - start), seed, split, size, start, photo)
-             for name, n in zip(names, counts) for start in range(0, n, 512)]
-    parts = list(tqdm(common.side_by_side(frames, tasks), total=len(tasks), desc=f"rendering {split} scenes"))
+    most = 512 * common.scenes_at_once(device)
+    tasks = [(name, min(most, n - start), seed, split, size, start, photo, str(device))
+             for name, n in zip(names, counts) for start in range(0, n, most)]
+    parts = list(tqdm(common.side_by_side(frames, tasks, device), total=len(tasks), desc=f"rendering {split} scenes"))
     widest = max(p["body"].shape[1] for p in parts)                                    # scenarios differ in slots
     parts = [p | {"body": F.pad(p["body"], (0, 0, 0, widest - p["body"].shape[1]))} for p in parts]
     return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
@@ -578,20 +579,21 @@ def bodies(clips, size):
 
 
 def mirror(batch, which):
-    """A mirrored world obeys the same laws: flip the scenes `which` (B,) bool of a batch of render's, in place."""
-    for k in ("image", "depth", "mask", "normal"):
-        batch[k][which] = batch[k][which].flip(-1)
-    batch["normal"][which, 0] *= -1
-    batch["body"][which] *= MIRROR
+    """A mirrored world obeys the same laws: a batch of render's with the scenes `which` (B,) bool flipped."""
+    flipped = {k: batch[k].flip(-1) for k in ("image", "depth", "mask", "normal")}
+    flipped["normal"][:, 0] *= -1
+    flipped["body"] = batch["body"] * MIRROR.to(batch["body"].device)
+    return {k: torch.where(which.view(-1, *[1] * (v.dim() - 1)), v, batch[k]) for k, v in flipped.items()}
 
 
-def cached(path, rank, resume, **what):
-    """render(**what), kept in a file for --resume; rank 0 makes it, all ranks read it."""
+def cached(path, rank, resume, device, **what):
+    """render(**what), kept in a file for --resume; rank 0 makes it, the others read it."""
+    made = None
     if rank == 0 and not (resume and os.path.exists(path) and common.read_weights(path)[1] == what):
-        common.save_weights(path, render(**what), what)
+        common.save_weights(path, made := render(**what, device=device), what)
     if dist.is_initialized():
         dist.barrier()
-    return common.read_weights(path)[0]
+    return made or common.read_weights(path)[0]
 
 
 class Pretraining(nn.Module):
@@ -629,20 +631,21 @@ def fit_readout(backbone, scenes, device, most=6000):
     Least squares for where bodies are and go, reweighted by 1 / (the path's error + 0.02) so that a median is fitted,
     as the backbone was trained for; Newton's method for whether there is a body (logistic regression)."""
     tokens, some = [], common.spread(len(scenes["image"]), most)
-    scenes = {k: scenes[k][some] for k in ("image", "mask", "body")}
+    exact = device if device.type == "cuda" else "cpu"                                 # where there is float64
+    scenes = {k: scenes[k][some].to(exact) for k in ("image", "mask", "body")}
     for image in scenes["image"].split(64):
         with common.autocast(device):
-            tokens.append(backbone(image.to(device).float() / 127.5 - 1)[0][-1].float().cpu())
+            tokens.append(backbone(image.to(device).float() / 127.5 - 1)[0][-1].float().to(exact))
     x = torch.cat(tokens)                                                              # (N, L, D)
     x = torch.cat([x, torch.ones_like(x[..., :1])], -1)
     owner = cells(scenes["mask"], math.isqrt(x.shape[1]))
     owner = F.pixel_unshuffle(owner[:, None].float(), 2).flatten(2).mT.long()          # (N, L, 4)
-    small = 1e-3 * torch.eye(x.shape[2], dtype=torch.double)
-    weight = torch.zeros(4, 3 + 2 * FUTURE, x.shape[2])
+    small = 1e-3 * torch.eye(x.shape[2], dtype=torch.double, device=exact)
+    weight = torch.zeros(4, 3 + 2 * FUTURE, x.shape[2], device=exact)
     for j in range(4):
         n, l = (owner[..., j] > 0).nonzero().unbind(1)
         a, body = x[n, l].double(), scenes["body"][n, owner[n, l, j] - 1].double()
-        want, w = torch.cat([body[:, :2], body[:, STATE:]], 1), torch.ones(len(a), 1)
+        want, w = torch.cat([body[:, :2], body[:, STATE:]], 1), 1
         for _ in range(4):
             fit = torch.linalg.solve(a.T @ (w * a) + small, a.T @ (w * want))          # (D + 1, 2 + 2 FUTURE)
             off = (a @ fit - want)[:, 2:].unflatten(1, (FUTURE, 2)).norm(dim=2).mean(1, keepdim=True)
@@ -765,9 +768,9 @@ def main():
     out = cfg.backbone or cfg.out or f"{folder}/backbone.safetensors"
     common.check_writable(out)
     state, log = f"{folder}/state.safetensors", f"{folder}/metrics.jsonl"
-    what = dict(rank=rank, resume=cfg.resume, scenarios=cfg.scenarios, seed=cfg.seed, size=cfg.size, photo=photo)
+    what = dict(rank=rank, resume=cfg.resume, device=device, scenarios=cfg.scenarios, seed=cfg.seed, size=cfg.size, photo=photo)
     train = cached(f"{folder}/train.safetensors", scenes=cfg.scenes, split="train", **what)
-    val = cached(f"{folder}/val.safetensors", scenes=cfg.val_scenes, split="val", **what)
+    val = cached(f"{folder}/val.safetensors", scenes=cfg.val_scenes, split="val", **what | dict(device=torch.device("cpu")))
 
     @torch.no_grad()
     def save_readout():
@@ -839,6 +842,7 @@ def main():
         pick = torch.linspace(0, len(told) - 1, 8).long()
         draw(f"{folder}/val.png", {k: v[pick] for k, v in val.items()}, inverse[pick], normal[pick], told[pick])
 
+    train = common.at_hand(train, device)
     progress = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, desc="pretraining", disable=rank > 0)
     for step in progress:
         # every draw is a function of the step, for the global batch; each rank takes its slice of it
@@ -846,11 +850,9 @@ def main():
         index = torch.randint(len(train["image"]), (cfg.batch,), generator=g)[rank::world]
         flip = torch.rand(cfg.batch, generator=g)[rank::world] < 0.5
         gain, bias = (0.2 * torch.rand(2, cfg.batch, 3, 1, 1, generator=g) - 0.1)[:, rank::world]
-        b = {k: v[index] for k, v in train.items()}
-        mirror(b, flip)
-        image = ((b["image"].float() / 127.5 - 1) * (1 + gain) + bias).clamp(-1, 1).to(device)
-        depth, mask, normal = (b[k].to(device) for k in ("depth", "mask", "normal"))
-        body = standard(b["body"].to(device))                                          # (B, N, known)
+        b = mirror({k: v[index.to(v.device)].to(device) for k, v in train.items()}, flip.to(device))
+        image = ((b["image"].float() / 127.5 - 1) * (1 + gain.to(device)) + bias.to(device)).clamp(-1, 1)
+        depth, mask, normal, body = *(b[k] for k in ("depth", "mask", "normal")), standard(b["body"])
 
         scale = min((step + 1) / (cfg.warmup + 1), 0.01 + 0.495 * (1 + math.cos(math.pi * step / cfg.steps)))
         for optimizer, peak in zip(optimizers, (cfg.lr, cfg.adam_lr)):

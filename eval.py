@@ -94,20 +94,35 @@ def pisa(pred, true):
     """PISA's three numbers for one body: bool masks (T, H, W) -> dict(l2, chamfer, iou), exactly as its code has them.
 
     "l2" is mean(|dx|, |dy|) over sqrt(2) H and skips frames in which either mask is empty (NaN if all are); chamfer is
-    the sum of both mean nearest distances over sqrt(2) H, skipped likewise; iou counts 1 where both are empty."""
-    scale = math.sqrt(2) * pred.shape[1]
-    both = pred.flatten(1).any(1) & true.flatten(1).any(1)
-    moved = []
-    chamfer = []
-    for p, t in zip(pred[both], true[both]):
-        p, t = p.nonzero().float(), t.nonzero().float()
-        moved.append((p.mean(0) - t.mean(0)).abs().mean() / scale)
-        distance = torch.cdist(p, t, compute_mode="donot_use_mm_for_euclid_dist")
-        chamfer.append((distance.amin(1).mean() + distance.amin(0).mean()) / scale)
-    union = (pred | true).flatten(1).sum(1)
-    iou = torch.where(union > 0, (pred & true).flatten(1).sum(1) / union.clamp_min(1), 1.0)
-    mean = lambda x: torch.stack(x).mean().item() if x else math.nan
-    return dict(l2=mean(moved), chamfer=mean(chamfer), iou=iou.mean().item())
+    the sum of both mean nearest distances over sqrt(2) H, skipped likewise; iou counts 1 where both are empty.
+    Masks (K, T, H, W) of many bodies give tensors (K,)."""
+    if pred.dim() == 3:
+        return {k: v.item() for k, v in pisa(pred[None], true[None]).items()}
+    K, T, H, W = pred.shape
+    scale = math.sqrt(2) * H
+    both = pred.flatten(2).any(2) & true.flatten(2).any(2)                                          # (K, T)
+    moved, chamfer = torch.zeros(2, K, T, device=pred.device)
+    (p, p_some), (t, t_some) = _points(pred[both]), _points(true[both])
+    mean = lambda x, some: (x * some).sum(1) / some.sum(1)
+    moved[both] = (mean(p, p_some[..., None]) - mean(t, t_some[..., None])).abs().mean(1) / scale
+    part, nearest = max(1, 2**24 // max(1, p.shape[1] * t.shape[1])), []             # 64 MB of distances at a time
+    for p, t, *some in zip(*(x.split(part) for x in (p, t, p_some, t_some))) if both.any() else ():
+        far = torch.cdist(p, t, compute_mode="donot_use_mm_for_euclid_dist")                        # (F, P, P')
+        far = [far.masked_fill(~some[1 - i].unsqueeze(1 + i), torch.inf).amin(2 - i) for i in (0, 1)]
+        nearest.append(sum(mean(far[i].masked_fill(~some[i], 0), some[i]) for i in (0, 1)))
+    chamfer[both] = torch.cat(nearest) / scale if nearest else 0.0
+    union = (pred | true).flatten(2).sum(2)
+    iou = torch.where(union > 0, (pred & true).flatten(2).sum(2) / union.clamp_min(1), 1.0)
+    l2, chamfer = (x.masked_fill(~both, torch.nan).nanmean(1) for x in (moved, chamfer))
+    return dict(l2=l2, chamfer=chamfer, iou=iou.mean(1))
+
+
+def _points(masks):
+    """Masks (F, H, W) -> the places (F, P, 2), row and column, of as many pixels as the largest has, and which of them
+    are in the mask (F, P)."""
+    W, most = masks.shape[2], int(masks.flatten(1).sum(1).max()) if len(masks) else 0
+    some, place = masks.flatten(1).byte().topk(most, 1)
+    return torch.stack([place // W, place % W], -1).float(), some > 0
 
 
 def _motion(video):
@@ -261,9 +276,11 @@ def measure(video, batch, fps=16, detail=True):
         out["velocity_error_after_contact"] = mean(speed, inside & ~when["flight"][:, 1:])
 
     # PISA's, per dropped body, then averaged over the clip's; all bodies' pixels for parser IoU
-    three = [[pisa(found[b, :, k], true[b, :, k]) for k in range(N) if batch["falls"][b, k]] for b in range(B)]
-    for name in ("l2", "chamfer", "iou"):
-        out[f"pisa_{name}"] = torch.stack([torch.tensor([d[name] for d in clip]).nanmean() for clip in three])
+    clip, body = batch["falls"].nonzero().unbind(1)
+    for name, value in pisa(found[clip, :, body], true[clip, :, body]).items():
+        each = torch.full((B, N), torch.nan, device=value.device)
+        each[clip, body] = value
+        out[f"pisa_{name}"] = each.nanmean(1)
     union = (found | true).sum((-2, -1))
     seen = (true_area >= 0.5 * true_area.amax(1, keepdim=True).clamp_min(8)) & batch["alive"][:, None]
     out["iou_visible"] = mean((found & true).sum((-2, -1)) / union.clamp_min(1), seen)
@@ -313,6 +330,42 @@ def interval(values, statistic=None, draws=1000):
     return dict(mean=statistic(values[None])[0].item(), low=low.item(), high=high.item(), n=len(values))
 
 
+def looked_at(scenario, count, form):
+    """Val scenes that trainings look at again and again: of a make_batch dict what `outcome` needs, and eight films."""
+    batch = simdata.make_batch(scenario, count, 0, "val", **form)
+    film = ((batch["video"][:8].clamp(-1, 1) + 1) * 127.5).round().byte()
+    return {k: batch[k] for k in ("photo", "mask", "alive", "falls", "caption")} | dict(
+        video=batch["video"][:, :, :1].clone(), film=film)
+
+
+def val_scenes(names, clips, most, rank, world, form):
+    """`clips` val scenes in parts of `most`, the scenarios taking turns -> this rank's: [(number, looked_at's dict)]."""
+    K, parts = len(names), [(i, min(most, clips - i)) for i in range(0, clips, most)]
+    each = {name: sum(n for _, n in parts[k::K]) for k, name in enumerate(names) if parts[k::K]}
+    made = dict(zip(each, common.side_by_side(looked_at, [(name, n, form) for name, n in each.items()])))
+    begin = lambda i: i // most // K * most        # the number of a part's first scene among those of its scenario
+    return [(i, {k: v[begin(i):begin(i) + n] for k, v in made[names[i // most % K]].items()})
+            for i, n in parts[rank::world]]
+
+
+@torch.no_grad()
+def outcome(models, scenes, device, **how):
+    """Mean traj_l2 on val_scenes, over all ranks, with the same noise each time; and truth and sample in turn, as uint8
+    videos. how: options of sample.generate."""
+    total, shown = torch.zeros(2, device=device), []
+    for start, batch in scenes:
+        batch = common.each(batch, lambda v: v.to(device))
+        video = sample.generate(models, batch["video"][:, :, 0], batch["caption"],
+                                [("val", start + i) for i in range(len(batch["video"]))], batch["mask"].shape[1],
+                                photo=batch["photo"], **how)
+        error = measure(video, batch, detail=False)["traj_l2"]
+        total += torch.stack([error.nansum(), error.isfinite().sum()])
+        if len(shown) < 16:
+            shown += [common.to_uint8(v) for pair in zip(batch["film"].float() / 127.5 - 1, video) for v in pair]
+    error, count = common.average(total, device).tolist()
+    return error / count, shown
+
+
 def summary(per_clip):
     """{metric: (n,)} -> {metric: {mean, low, high, n}}; `mean` is the median for the metrics in MEDIANS."""
     median = lambda x: x.median(-1).values
@@ -323,20 +376,43 @@ def reference_rows(batch, again, vae, device):
     """Videos that say what a number means: {row: video (B, 3, T, H, W)}. again: the jittered batch, None if unknown."""
     video = batch["video"]
     with common.autocast(device):
-        recon = vae.decode(vae.encode(video.to(device))).cpu()
+        recon = vae.decode(vae.encode(video))
     jittered = {"jittered truth": again["video"]} if again else {}
     return {"truth re-parsed": video, "VAE round trip": recon, **jittered,
             "static": video[:, :, :1].expand_as(video),
             "teleport to the floor": torch.cat([video[:, :, :1], video[:, :, -1:].expand_as(video[:, :, 1:])], 2)}
 
 
+# what the judge and the reference rows need of a make_batch dict
+NEEDED = ("video", "photo", "photo_mask", "mask", "alive", "falls", "position", "velocity", "angular_velocity", "gravity",
+          "camera", "caption")
+
+
+def scenes(scenario, count, where, photo, jittered):
+    """One chunk of scenes to judge on -> dict(batch, again: the video of the jittered truth, if that is asked for)."""
+    batch = simdata.make_batch(scenario, count, **where, photo=photo)
+    again = simdata.make_batch(scenario, count, **where, jitter_seed=0, truth=False) if jittered else {}
+    return dict(batch={k: batch[k] for k in NEEDED}, again={k: again[k] for k in ("video",) if again})
+
+
+def film(places, models, split, chunk, jittered, form):
+    """This rank's chunks of all scenes of `places`, each (n, seed, unseen, scenario), one after the other: an iterator
+    over what `scenes` gives, made side by side."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    photo = models.encoder.config["input_size"] if models.encoder is not None else simdata.PHOTO
+    return common.side_by_side(scenes, [
+        (scenario, min(chunk, n - start), form | dict(seed=seed, split=split, start=start, unseen=unseen), photo, jittered)
+        for n, seed, unseen, scenario in places for start in range(0, n, chunk)[rank::common.ranks()]])
+
+
 @torch.no_grad()
 def evaluate(models, split, n, seed=0, unseen=False, scenario="drop", best_of=1, references=True, chunk=64, steps=12,
-             cfg=1.0, temperature=1.0, clips=None, size=64, frames=25, fps=16):
+             cfg=1.0, temperature=1.0, clips=None, size=64, frames=25, fps=16, films=None):
     """Generate and measure n scenes of a split. models: {row name: sample.Models}. -> {row: {metric: (n,) tensor}}.
     Under torchrun the ranks share the scenes, and all get all results.
 
-    clips: a simdata.Clips, from which the scenes are taken instead; such have no jittered truth.
+    clips: a simdata.Clips, from which the scenes are taken instead; such have no jittered truth. films: an iterator over
+    what `scenes` gives for each chunk, where it has been asked for already (see film).
     steps, cfg, temperature: as in sample.generate; models need `text` if the DiT reads features. size, frames, fps: of
     the clips.
     best_of > 1 adds the row "<name>, oracle best of k": the sample of lowest traj_l2, what choosing could reach.
@@ -345,37 +421,36 @@ def evaluate(models, split, n, seed=0, unseen=False, scenario="drop", best_of=1,
     parts, first = {}, next(iter(models.values()))                                   # {first scene: {row: metrics}}
     vae, device = first.vae, next(first.vae.parameters()).device
     form = dict(size=size, frames=frames, fps=fps)
-    photo_size = first.encoder.config["input_size"] if first.encoder is not None else simdata.PHOTO
     foretells = first.encoder is not None and first.encoder.readout is not None
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    for start in tqdm(range(0, n, chunk)[rank::world], desc=f"{split}, {'unseen' if unseen else 'seen'}",
-                      disable=rank > 0):
-        count = min(chunk, n - start)
-        where = form | dict(seed=seed, split=split, start=start, unseen=unseen)
-        batch, videos, again = clips.read(start, count) if clips else simdata.make_batch(
-            scenario, count, **where, photo=photo_size), {}, None
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    starts = range(0, n, chunk)[rank::common.ranks()]
+    if clips:
+        films = ({"batch": clips.read(start, min(chunk, n - start))} for start in starts)
+    elif films is None:
+        films = film([(n, seed, unseen, scenario)], first, split, chunk, references, form)
+    for start in tqdm(starts, desc=f"{split}, {'unseen' if unseen else 'seen'}", disable=rank > 0):
+        filmed = common.each(next(films), lambda v: v.to(device))
+        batch, again, videos = filmed["batch"], filmed.get("again"), {}
         count = len(batch.get("caption", ()))      # broken clips may be left out
         if not count:
             continue
         if references:
-            if not clips:
-                again = simdata.make_batch(scenario, count, **where, jitter_seed=0, truth=False)
             videos = reference_rows(batch, again, vae, device)
         for name, m in models.items():
             keys = [[(split, int(unseen), seed, start + i, k) for i in range(count)] for k in range(best_of)]
-            image, photo = batch["video"][:, :, 0].to(device), batch["photo"].to(device)
+            image, photo = batch["video"][:, :, 0], batch["photo"]
             draws = torch.stack([sample.generate(m, image, batch["caption"], key, frames, steps, cfg=cfg,
-                                                 temperature=temperature, photo=photo).cpu() for key in keys])
+                                                 temperature=temperature, photo=photo) for key in keys])
             videos[name] = draws[0]
             if references and m is first and foretells and {"position", "camera"} <= batch.keys():
-                told = [x.to(device) for x in truth(batch, size, photo_size // m.encoder.backbone.patch)]
+                told = truth(batch, size, photo.shape[-1] // m.encoder.backbone.patch)
                 videos[f"{name}, told the truth"] = sample.generate(
                     m, image, batch["caption"], keys[0], frames, steps, cfg=cfg, temperature=temperature, photo=photo,
-                    truth=told).cpu()
+                    truth=told)
             if best_of > 1:
                 error = torch.stack([measure(v, batch, fps, detail=False)["traj_l2"].nan_to_num(1) for v in draws])
-                videos[f"{name}, oracle best of {best_of}"] = draws[error.argmin(0), torch.arange(count)]
-        parts[start] = {row: measure(video, batch, fps) for row, video in videos.items()}
+                videos[f"{name}, oracle best of {best_of}"] = draws[error.argmin(0), torch.arange(count, device=device)]
+        parts[start] = {row: common.each(measure(video, batch, fps), lambda v: v.cpu()) for row, video in videos.items()}
     parts = dict(sorted((start, part) for share in common.gather(parts) for start, part in share.items()))
     rows = next(iter(parts.values()), {})
     return {row: {k: torch.cat([part[row][k] for part in parts.values()]) for k in rows[row]} for row in rows}
@@ -468,45 +543,58 @@ def over_seeds(values, median=False, per=None, draws=1000):
     return dict(mean=mean.item(), low=low, high=high, n=int(ok.any(0).sum()), seeds=S)
 
 
-def table_one(cfg, places, judge, device, rank):
-    """Scores of all that lies in cfg.runs/SEED/, drawn where they are new, -> {row: {split: {metric: {...}}}}.
+def table_one(cfg, places, options, device, rank):
+    """Scores of all that lies in cfg.runs/SEED/, drawn where they are new, -> {row: {split: {metric: {...}}}}. Rows that
+    have their scores need their weights no more.
 
-    judge: models, place, options -> {row: {metric: (n,)}}, for each of places: "drop, seen" and so on, see main."""
+    places: {"drop, seen" and so on: evaluate's n, seed, unseen, scenario}; options: the rest of its arguments."""
     seeds = sorted((s for s in os.listdir(cfg.runs) if s.isdigit()), key=int) if os.path.isdir(cfg.runs) else []
     runs = {}                                      # {"0: row": [models, path, stamp, {"row|drop, seen|metric": (n,)}]}
     for seed in seeds:
         for row, (folder, stage, _) in ROWS.items():
             place = f"{cfg.runs}/{seed}/{folder}"
-            if not os.path.exists(f"{place}/{ENDS[stage]}.safetensors"):
-                continue
-            models = sample.load_models(place, stage, device=device)
-            # what choosing among Stage I's samples could reach is a row of its own
-            stamp = dict(weights=common.fingerprint(models.dit, models.encoder), best_of=4 if folder == "row3" else 1,
-                         **{k: getattr(cfg, k) for k in ("scenarios", "n", "seed", "steps", "cfg", "temperature",
-                                                         "size", "frames", "fps")})
-            path, flat = f"{place}/{cfg.split}{stage}.safetensors", {}
+            path, flat, made = f"{place}/{cfg.split}{stage}.safetensors", {}, {}
             if os.path.exists(path):
                 flat, made = common.read_weights(path)
+            models, weights = None, made.get("weights")
+            if os.path.exists(f"{place}/{ENDS[stage]}.safetensors"):
+                models = sample.load_models(place, stage, device=device)
+                weights = common.fingerprint(models.dit, models.encoder)
+            elif not flat:
+                continue
+            # what choosing among Stage I's samples could reach is a row of its own
+            stamp = dict(weights=weights, best_of=4 if folder == "row3" else 1,
+                         **{k: getattr(cfg, k) for k in ("scenarios", "n", "seed", "steps", "cfg", "temperature",
+                                                         "size", "frames", "fps")})
+            if made:
                 for key in stamp:
                     if made.get(key) != stamp[key]:
                         raise common.InputError(f"{path} was made with another {key}; delete it to judge anew")
             runs[f"{seed}: {row}"] = models, path, stamp, flat
     first = next(iter(runs), None)
-    for place in places:                           # all that is new shares the truth, which costs as much as a sample
+
+    def new(place, best_of):
+        return {run: models for run, (models, _, stamp, flat) in runs.items()
+                if models and stamp["best_of"] == best_of and not any(f"|{place}|" in key for key in flat)}
+    todo = [place for place in places if new(place, 1) or new(place, 4)]
+    films = todo and film([places[place] for place in todo], [*new(todo[0], 1).values(), *new(todo[0], 4).values()][0],
+                          cfg.split, cfg.chunk, True, {k: options[k] for k in ("size", "frames", "fps")})
+    for place in todo:                             # all that is new shares the truth, which costs as much as a sample
+        mine = [next(films) for _ in range(0, places[place][0], cfg.chunk)[rank::common.ranks()]]
         for best_of in (1, 4):
-            new = {run: models for run, (models, _, stamp, flat) in runs.items()
-                   if stamp["best_of"] == best_of and not any(f"|{place}|" in key for key in flat)}
-            if not new:
+            rows = new(place, best_of)
+            if not rows:
                 continue
             if rank == 0:
-                print(f"judging {place}: {len(new)} rows")
-            found = judge(new, place, dict(best_of=best_of, references=first in new))
+                print(f"judging {place}: {len(rows)} rows")
+            found = evaluate(rows, cfg.split, *places[place], **options | dict(
+                best_of=best_of, references=first in rows, films=iter(mine)))
             for name, metrics in found.items():
-                run = next((run for run in new if name.split(", oracle")[0] == run), first)
+                run = next((run for run in rows if name.split(", oracle")[0] == run), first)
                 flat = runs[run][3]
                 flat |= {f"{name.removeprefix(run.split(': ')[0] + ': ')}|{place}|{k}": v.float().cpu()
                          for k, v in metrics.items()}
-            for run in new if rank == 0 else ():
+            for run in rows if rank == 0 else ():
                 _, path, stamp, flat = runs[run]
                 common.save_weights(path, flat, stamp)
     scores = {}                                    # {row: {seed: {"drop, seen": {metric: (n,)}}}}
@@ -637,8 +725,7 @@ def main():
               for split in ("seen", "unseen") for name, n in shares.items() if n}
 
     if cfg.table:
-        result = table_one(cfg, list(places), lambda models, place, how: evaluate(
-            models, cfg.split, *places[place], **options | how), device, rank)
+        result = table_one(cfg, places, options, device, rank)
         if rank == 0:
             print(brief(result), table({row: {k: splits[k] for k in ("seen", "unseen") if k in splits}
                                         for row, splits in result.items() if not row.endswith("of the gap")}, LAWS),
@@ -666,7 +753,9 @@ def main():
         if not per_row[cfg.clips]:
             raise common.InputError(f"--clips={cfg.clips}: no clip could be read")
     else:
-        each = {place: evaluate(models, cfg.split, *args, **options) for place, args in places.items()}
+        films = film([*places.values()], first, cfg.split, cfg.chunk, cfg.references,
+                     dict(size=cfg.size, frames=cfg.frames, fps=cfg.fps))
+        each = {place: evaluate(models, cfg.split, *args, **options, films=films) for place, args in places.items()}
         rows = next(iter(each.values()))
         per_row = {split: {row: {k: torch.cat([p[row][k] for where, p in each.items() if where.endswith(", " + split)])
                                  for k in rows[row]} for row in rows} for split in ("seen", "unseen")}

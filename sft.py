@@ -99,17 +99,18 @@ SEED = 2
 # the pool: latents are made once, training then never sees a pixel but the first frame's
 
 def prepare(batch, size, photo):
-    """A make_batch dict -> what the pool needs of it, for B clips and their mirror images, which obey the same laws."""
+    """A make_batch dict -> what the pool needs of B clips; text and what a readout should say also of their mirror
+    images, which obey the same laws."""
     turned = batch | {k: batch[k].flip(-1) for k in ("video", "photo", "mask", "photo_mask") if k in batch}
     owner, course = (torch.cat(x) for x in zip(*(truth(b, size, photo // PATCH) for b in (batch, turned))))
     course[len(course) // 2:, ..., 0] *= -1
-    both = lambda k: ((torch.cat([batch[k], turned[k]]) + 1) * 127.5).round().byte()                # as in a file
-    return dict(video=both("video"), photo=both("photo"), text=M.bytes_to_tokens(batch["caption"] * 2, M.LONG).short(),
-                owner=owner, course=course)
+    video, photo = (((batch[k] + 1) * 127.5).round().byte() for k in ("video", "photo"))            # as in a file
+    return dict(video=video, photo=photo, text=M.bytes_to_tokens(batch["caption"] * 2, M.LONG).short(), owner=owner,
+                course=course)
 
 
-def simulate(scenario, count, start, form):
-    batch = simdata.make_batch(scenario, count, SEED, "train", start=start, truth=False, **form)
+def simulate(scenario, count, start, form, device):
+    batch = simdata.make_batch(scenario, count, SEED, "train", start=start, truth=False, device=device, **form)
     return prepare(batch, form["size"], form["photo"])
 
 
@@ -124,7 +125,8 @@ def make_pool(cfg, vae, photo, device, rank, world):
     folder = simdata.Clips(cfg.folder, skip=cfg.skip_broken, **form) if cfg.folder else None
     larger = cfg.frames * cfg.size**2 / (25 * 64**2)                          # than nano's clips: fewer at a time
     names, total = cfg.scenarios.split(","), len(folder) if folder else cfg.clips
-    shard, part = max(1, int(SHARD / larger)), max(1, int(16 / larger))
+    many = common.scenes_at_once(device)
+    shard, part = (max(1, int(n * many / larger)) for n in (SHARD, 16))
     if not folder:                                 # small pools, too, have a share of every scenario
         shard = min(shard, math.ceil(total / len(names)))
     shards = []                                    # (path, what it holds): latents of another VAE would train as well,
@@ -143,14 +145,16 @@ def make_pool(cfg, vae, photo, device, rank, world):
                 raise common.InputError(f"{cfg.folder}: none of {what['count']} clips can be read: {folder.broken[-1]}")
             yield prepare(batch, cfg.size, photo)
     clips = read() if folder else common.side_by_side(
-        simulate, [(what["scenario"], what["count"], what["start"], form | dict(physics=cfg.physics))
-                   for _, what in missing])
+        simulate, [(what["scenario"], what["count"], what["start"], form | dict(physics=cfg.physics), str(device))
+                   for _, what in missing], device)
     for path, what in tqdm(missing, desc=f"pool, shards of {shard}", disable=rank > 0 or not missing):
         made = next(clips)
         with common.autocast(device):
+            video = made.pop("video").split(part)
             latent = torch.cat([vae.encode(v.to(device).float() / 127.5 - 1).to("cpu", torch.bfloat16)
-                                for v in made.pop("video").split(part)])
-        common.save_weights(path, dict(latent=latent, **made), what)
+                                for way in (lambda v: v, lambda v: v.flip(-1)) for v in map(way, video)])
+        photos = torch.cat([made["photo"], made["photo"].flip(-1)])
+        common.save_weights(path, made | dict(latent=latent, photo=photos), what)
     if folder and folder.broken:
         print(f"left out {len(folder.broken)} broken clips: " + "; ".join(folder.broken))
     if dist.is_initialized():
@@ -167,15 +171,16 @@ def make_pool(cfg, vae, photo, device, rank, world):
     return {k: torch.cat([p[k] for p, _ in parts]) for k in ("latent", "photo", "text", "owner", "course")}
 
 
-def get_batch(cfg, pool, step):
-    """The global batch of a step: indices, captions (some dropped), t and the noise; a function of (seed, step)."""
+def get_batch(cfg, pool, step, device):
+    """The global batch of a step, a function of (seed, step): indices, where the pool is; which captions are kept, t and
+    the noise, on the device."""
     g = common.generator(cfg.seed, "sft", step)
-    index = torch.randint(len(pool["latent"]), (cfg.batch,), generator=g)
+    index = torch.randint(len(pool["latent"]), (cfg.batch,), generator=g).to(pool["latent"].device)
     keep = torch.rand(cfg.batch, 1, generator=g) >= cfg.drop_text
     t = M.sample_t(cfg.batch, g, cfg.shift)
-    shape = list(pool["latent"].shape[1:])
-    return (index, pool["text"][index].long() * keep, t,
-            torch.randn(cfg.batch, shape[0], shape[1] - 1, *shape[2:], generator=g))
+    C, k, h, w = pool["latent"].shape[1:]
+    return index, keep.to(device), t.to(device), common.noise(
+        (cfg.batch, C, k - 1, h, w), cfg.seed, "sft noise", step, device=device)
 
 
 class StageOne(nn.Module):
@@ -259,12 +264,12 @@ def main():
     pool = make_pool(cfg, vae, pixels, device, rank, world)
     text = None                                    # bytes, or what an outside text encoder says, computed once
     if config["text"] == "features":
-        val = [simdata.make_scene(names[i // 8 % len(names)], 8, 0, "val", start=i)[0]
-               for i in range(0, cfg.eval_clips, 8)]
-        captions = M.tokens_to_strings(pool["text"]) + [c for scene in val for c in simdata.captions(scene)]
+        captions = M.tokens_to_strings(pool["text"]) + [
+            c for name in names for c in simdata.captions(simdata.make_scene(name, cfg.eval_clips, 0, "val")[0])]
         text = sample.text_features(cfg.text_emb or f"{cfg.data}/captions.safetensors", captions, config["text_dim"],
                                     cfg.data, device)
 
+    pool = common.at_hand(pool, device)
     visible = visibility(vae, pool["latent"][common.spread(len(pool["latent"]), 16), :, :2].to(device))
     raw = StageOne(dit, encoder, visible, cfg.moving)
     shards = shard(raw, device, world) if cfg.fsdp else []
@@ -292,32 +297,21 @@ def main():
 
     def look(step):
         """Sample val clips with the averaged weights, every rank its share. -> mean traj_l2; a sheet in the folder."""
-        scores, shown = [], []
         raw.eval()
         with ema.applied(raw):
-            most = 8 if cfg.size <= sample.SMALL else 1
-            for start in range(rank * most, cfg.eval_clips, world * most):
-                count = min(most, cfg.eval_clips - start)
-                scenario = names[start // 8 % len(names)]
-                batch = simdata.make_batch(scenario, count, 0, "val", cfg.frames, cfg.size, cfg.fps, start=start,
-                                           photo=pixels)
-                video = sample.generate(models, batch["video"][:, :, 0].to(device), batch["caption"],
-                                        [("val", start + i) for i in range(count)], cfg.frames,
-                                        photo=batch["photo"].to(device)).cpu()
-                scores.append(judge.measure(video, batch, cfg.fps, detail=False)["traj_l2"])
-                shown += [common.to_uint8(v) for pair in zip(batch["video"], video) for v in pair]
+            score, shown = judge.outcome(models, held_out, device)
             for part in shards:                    # without a backward pass they would stay whole, with these weights
                 part.reshard()
         raw.train()
-        total = common.average(torch.tensor([sum(s.nansum().item() for s in scores),
-                                             float(sum(s.isfinite().sum() for s in scores))]), device)
         if rank == 0:
             common.write_image(f"{folder}/{step:06d}.png", common.sheet(shown[:16], every=2))
-        return (total[0] / total[1]).item()
+        return score
 
     # training
     models = sample.Models(vae, encoder, dit, text=text)
-    stop, began, bins, done = common.Stop(), time.time(), torch.zeros(2, 4), first
+    held_out = judge.val_scenes(names, cfg.eval_clips, 8 if cfg.size <= sample.SMALL else 1, rank, world,
+                                dict(frames=cfg.frames, size=cfg.size, fps=cfg.fps, photo=pixels))
+    stop, began, bins, done = common.Stop(), time.time(), torch.zeros(2, 4, device=device), first
     bar = tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, disable=rank > 0)
     micro = cfg.batch // world // cfg.accumulate
     for step in bar:
@@ -326,11 +320,10 @@ def main():
         for optimizer, peak in optimizers.items():
             for group in optimizer.param_groups:
                 group["lr"] = peak * scale
-        index, words, t, eps = get_batch(cfg, pool, step)
+        index, keep, t, eps = get_batch(cfg, pool, step, device)
         raw.zero_grad(set_to_none=True)
         for i in range(cfg.accumulate):
             mine = slice((rank * cfg.accumulate + i) * micro, (rank * cfg.accumulate + i + 1) * micro)
-            take = lambda x: x[mine].to(device)
             last = i == cfg.accumulate - 1         # before the forward: DDP decides there whether to reduce
             for part in shards:
                 part.set_requires_gradient_sync(last)
@@ -340,12 +333,13 @@ def main():
             photo = pool["photo"][index[mine]].to(device).float() / 127.5 - 1
             # trained on what is right and wrong, the DiT doubts what it is told; it shall draw that
             right = [pool[k][index[mine]].to(device) for k in ("owner", "course")] if cfg.forced else None
-            said = models.read(M.tokens_to_strings(words[mine])) if text else words[mine, :M.BYTES]
+            said = pool["text"][index[mine]].to(device).long() * keep[mine]
+            said = models.read(M.tokens_to_strings(said)).to(device) if text else said[:, :M.BYTES]
             with common.autocast(device):
-                loss = model(latent, photo, said.to(device), take(t), take(eps), right)             # (micro,)
+                loss = model(latent, photo, said, t[mine], eps[mine], right)                        # (micro,)
             (loss.mean() / cfg.accumulate).backward()
             # the average over all t hides what matters: see which part of the path is being learned
-            bins.index_add_(1, (t[mine] * 4).long().clamp_max(3), torch.stack([loss.detach().cpu(), torch.ones(micro)]))
+            bins.index_add_(1, (t[mine] * 4).long().clamp_max(3), torch.stack([loss.detach(), torch.ones_like(loss)]))
         norm = common.whole(nn.utils.clip_grad_norm_(trained.values(), 1.0))
         for optimizer in optimizers:
             optimizer.step()

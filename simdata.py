@@ -1278,6 +1278,7 @@ def make_batch(scenario, batch_size, seed, split="train", frames=25, size=64, fp
         draw.key = _mix(draw.key + 1 + jitter_seed)
         scene = jitter(scene, scene["camera"], draw)
     path = simulate(scene, frames, fps, scene["gravity"]) if physics else wander(scene, frames, fps, draw)
+    chunk = chunk if torch.device(device).type == "cpu" else 4 * chunk
     reel, still = ({k: v[:, :n] for k, v in path.items()} for n in (filmed, 1))
     scale = torch.tensor([photo / size, photo / size, 1.0], device=device)[:, None]  # the same camera with finer pixels
     fine = scene | dict(camera=scene["camera"] | dict(intrinsics=scene["camera"]["intrinsics"] * scale))

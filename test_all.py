@@ -836,7 +836,7 @@ def test_what_the_backbone_is_asked():
     batch = {"image": torch.rand(24, 3, 8, 8), "normal": clips["normal"][:, :, 0].clone(), "body": body.clone(),
              **{k: clips[k][:, 0].clone() for k in ("depth", "mask")}}
     which = torch.arange(24) % 2 == 0
-    E.mirror(batch, which)
+    batch = E.mirror(batch, which)
     off = surface(batch["depth"], clips["camera"]) * batch["normal"][..., 1:-1, 1:-1]
     assert off.sum(1)[inner(batch["mask"])].clamp(-1, 1).acos().rad2deg().median() < 3
     where = centre.transpose(1, 2)                                                   # (B, N, T, 2)

@@ -442,29 +442,30 @@ PRESETS = {"nano": {}}
 SIZE, FRAMES = 64, 25
 
 
-def clips(scenario, split, count, seed, start):
+def clips(scenario, split, count, seed, start, device="cpu"):
     """-> uint8 video (N, 3, T, H, W) and body mask (N, T, H, W)."""
     import simdata                                                                     # only training needs the world
-    batch = simdata.make_batch(scenario, count, seed, split=split, frames=FRAMES, size=SIZE, start=start)
+    batch = simdata.make_batch(scenario, count, seed, split=split, frames=FRAMES, size=SIZE, start=start, device=device)
     return dict(video=((batch["video"] + 1) * 127.5).round().byte(), mask=batch["mask"])
 
 
-def simulate(scenarios, split, count, seed, chunk=256):
+def simulate(scenarios, split, count, seed, device, chunk=256):
     """Clips as a dict of two tensors; the scenarios take turns, chunk by chunk."""
     names = scenarios.split(",")
-    chunk = min(chunk, math.ceil(count / len(names)))
-    tasks = [(names[i // chunk % len(names)], split, min(chunk, count - i), seed, i) for i in range(0, count, chunk)]
-    parts = list(tqdm(common.side_by_side(clips, tasks), total=len(tasks), desc=f"simulating {split} clips"))
+    chunk = min(chunk * common.scenes_at_once(device), math.ceil(count / len(names)))
+    tasks = [(names[i // chunk % len(names)], split, min(chunk, count - i), seed, i, str(device))
+             for i in range(0, count, chunk)]
+    parts = list(tqdm(common.side_by_side(clips, tasks, device), total=len(tasks), desc=f"simulating {split} clips"))
     return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
 
 
-def load_clips(cfg, rank, folder):
+def load_clips(cfg, rank, folder, device):
     """The clips as a dict of uint8 tensors, from the run folder if they are there; rank 0 simulates them once."""
     path = f"{folder}/clips.safetensors"
     key = {k: getattr(cfg, k) for k in ("scenarios", "clips", "val_clips", "seed")}
     if rank == 0 and not (os.path.exists(path) and common.read_weights(path)[1] == key):
-        made = simulate(cfg.scenarios, "train", cfg.clips, cfg.seed)
-        val = simulate(cfg.scenarios, "val", cfg.val_clips, cfg.seed)
+        made = simulate(cfg.scenarios, "train", cfg.clips, cfg.seed, device)
+        val = simulate(cfg.scenarios, "val", cfg.val_clips, cfg.seed, torch.device("cpu"))     # few
         common.save_weights(path, made | {f"val_{k}": v for k, v in val.items()}, key)
     if dist.is_initialized():
         dist.barrier()
@@ -476,7 +477,8 @@ def to_float(video):
 
 
 def get_batch(cfg, data, step, rank, world):
-    """This rank's slice of the step's global batch: video, weight (B, 1, T, S, S), noise. From (seed, step).
+    """This rank's slice of the step's global batch: video, weight (B, 1, T, S, S), noise. From (seed, step); on the
+    device where the data is.
 
     Most of a picture is a still wall and floor. So pieces around bodies come first, as many as have the pixels of the
     whole clips that come at the end. Those show all frames: what has only seen short clips drifts in longer ones."""
@@ -487,20 +489,23 @@ def get_batch(cfg, data, step, rank, world):
     first = torch.randint(FRAMES - window + 1, (n,), generator=g)
     flip = torch.rand(n, generator=g) < 0.5
     which, *shift = torch.rand(3, n, generator=g)
-    z = CONFIGS["nano"]["z_dim"]
-    noise = torch.randn(n, z, 1 + window // 4, side // 8, side // 8, generator=g)
-    mine, video, body = range(rank * n // world, (rank + 1) * n // world), [], []
-    for i in mine:
-        time = slice(first[i], first[i] + window)
-        v, m = data["video"][index[i], :, time], data["mask"][index[i], time]                       # (3, T, H, W)
-        spots = m[window // 2].nonzero()                                             # of bodies, half-way through
-        spot = spots[int(which[i] * len(spots))].tolist() if len(spots) else [SIZE // 2] * 2
-        y, x = (min(max(int(at - side * s[i]), 0), SIZE - side) for at, s in zip(spot, shift))
-        cut = (..., slice(y, y + side), slice(x, x + side))
-        video.append(v[cut].flip(-1) if flip[i] else v[cut]), body.append(m[cut].flip(-1) if flip[i] else m[cut])
+    device, mine = data["video"].device, slice(rank * n // world, (rank + 1) * n // world)
+    noise = common.noise((n, CONFIGS["nano"]["z_dim"], 1 + window // 4, side // 8, side // 8), cfg.seed, "vae noise",
+                         step, device=device)[mine]
+    index, first, flip, which, up, left = (x[mine].to(device) for x in (index, first, flip, which, *shift))
+    # one of the pixels of bodies, half-way through; the middle if none is in view
+    spots = (data["mask"][index, first + window // 2] > 0).flatten(1).cumsum(1)      # (B, H W), the count so far
+    spot = (spots > (which * spots[:, -1]).long()[:, None]).int().argmax(1)
+    spot = torch.where(spots[:, -1] > 0, spot, SIZE // 2 * (SIZE + 1))
+    y, x = ((at - side * s).long().clamp(0, SIZE - side)[:, None] + torch.arange(side, device=device)
+            for at, s in ((spot // SIZE, up), (spot % SIZE, left)))                  # (B, side)
+    x = torch.where(flip[:, None], x.flip(1), x)
+    time = first[:, None] + torch.arange(window, device=device)                      # (B, T)
+    where = (index[:, None, None, None], time[:, :, None, None], y[:, None, :, None], x[:, None, None, :])
+    video, body = data["video"].transpose(1, 2)[where[0], where[1], :, where[2], where[3]], data["mask"][where] > 0
     # Dilated by one pixel and one frame: edges, and where a body just was or is about to be, are where ghosts appear.
-    body = F.max_pool3d((torch.stack(body) > 0).float()[:, None], 3, stride=1, padding=1)           # (B, 1, T, S, S)
-    return to_float(torch.stack(video)), 1 + (cfg.body_weight - 1) * body, noise[list(mine)]
+    body = F.max_pool3d(body.float()[:, None], 3, stride=1, padding=1)               # (B, 1, T, S, S)
+    return to_float(video.movedim(-1, 1)).contiguous(), 1 + (cfg.body_weight - 1) * body, noise
 
 
 @torch.no_grad()
@@ -511,11 +516,11 @@ def evaluate(model, data, device, rank, world):
         video = to_float(data["val_video"][i:i + 4]).to(device)
         with common.autocast(device):
             recon = model.decode(model.encode(video))
-        error = (recon - video).square().mean(1).cpu() / 4                             # (B, T, H, W), for a range of 1
-        body = data["val_mask"][i:i + 4] > 0
+        error = (recon - video).square().mean(1) / 4                                   # (B, T, H, W), for a range of 1
+        body = data["val_mask"][i:i + 4].to(device) > 0
         inside = (error * body).sum((1, 2, 3)) / body.sum((1, 2, 3)).clamp_min(1)
         psnr = [-10 * e.clamp_min(1e-10).log10().sum() for e in (error.mean((1, 2, 3)), inside)]
-        total += torch.tensor([*psnr, len(video)])
+        total += torch.tensor([*psnr, float(len(video))])
         shown = recon if shown is None else shown
     whole, inside, count = common.average(total, device).tolist()
     return whole / count, inside / count, shown
@@ -551,7 +556,7 @@ def main():
         common.check_writable(cfg.out)
     folder = common.start_run(cfg, rank, f"out/{cfg.name}")
     out, log, state = cfg.out or f"{folder}/vae.safetensors", f"{folder}/metrics.jsonl", f"{folder}/state.safetensors"
-    data = load_clips(cfg, rank, folder)
+    data = common.at_hand(load_clips(cfg, rank, folder, device), device)
 
     common.seed_everything(cfg.seed)
     raw = VideoVAE(CONFIGS["nano"])
@@ -576,7 +581,7 @@ def main():
         lr = cfg.lr * min((step + 1) / max(cfg.warmup, 1), 0.01 + 0.495 * (1 + math.cos(math.pi * step / cfg.steps)))
         for group in (g for optimizer in optimizers for g in optimizer.param_groups):
             group["lr"] = lr
-        video, weight, noise = (x.to(device) for x in get_batch(cfg, data, step, rank, world))
+        video, weight, noise = (v.to(device) for v in get_batch(cfg, data, step, rank, world))
         with common.autocast(device):
             recon, mu, logvar = model(video, noise)
         error = recon - video
