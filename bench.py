@@ -46,7 +46,7 @@ import vae as V
 
 @dataclass
 class Config:
-    only: str = "all"               # all, or world, peers, pybullet, compiled, profile, solvers, vae, dit, sample, memory, wan
+    only: str = "all"               # all, or a part: world, peers, pybullet, compiled, profile, solvers, vae, dit, ...
     repeat: int = 5                 # timed repetitions, after one warm-up
     batch: int = 32                 # clips
     data: str = "data"              # folder with the shipped weights
@@ -659,8 +659,8 @@ def memory(cfg, device):
 
 
 def wan(cfg, device):
-    """The published sizes with random weights on a GPU: a DiT pass, of which a sampler step with guidance takes two, and
-    a step of Stage II."""
+    """The published sizes with random weights on a GPU: a DiT pass, of which a sampler step with guidance takes two,
+    and a step of Stage II."""
     if device.type != "cuda":
         print("wan: needs a GPU, left out")
         return
@@ -680,12 +680,14 @@ def wan(cfg, device):
         torch.cuda.reset_peak_memory_stats(device)
         return peak
     # name, frames, height, width, sampler steps, its VAE's stride
-    for name, frames, height, width, steps, stride in (("wan1.3b", 81, 480, 832, 50, 8), ("wan5b", 121, 704, 1280, 50, 16)):
+    for name, frames, height, width, steps, stride in (("wan1.3b", 81, 480, 832, 50, 8),
+                                                       ("wan5b", 121, 704, 1280, 50, 16)):
         config = M.CONFIGS[name]
         dit, C, h, w = build(config), config["in_dim"], height // stride, width // stride
         gigabytes()
         draw = lambda *shape: torch.randn(1, *shape, device=device)
-        inputs = [draw(C, (frames - 1) // 4, h, w), torch.full((1,), 0.5, device=device), draw(512, 4096), draw(C, 1, h, w)]
+        inputs = [draw(C, (frames - 1) // 4, h, w), torch.full((1,), 0.5, device=device), draw(512, 4096),
+                  draw(C, 1, h, w)]
         phys = draw(15 * 26, config["dim"])        # at most 400 physical tokens
 
         @torch.no_grad()
@@ -727,7 +729,8 @@ def wan(cfg, device):
             optimizer.zero_grad()
         step(), gigabytes()
         t, _ = median(step, cfg.repeat, device)
-        print(f"    Stage II, 49 frames of 832 x 480, winner and loser in turn: {t:.2f} s a pair, peak {gigabytes():.1f} GB")
+        print(f"    Stage II, 49 frames of 832 x 480, winner and loser in turn: {t:.2f} s a pair, "
+              f"peak {gigabytes():.1f} GB")
         del dit, net, encoder, optimizer, trained, reference
         torch.cuda.empty_cache()
 

@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import zipfile
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import imageio
 import numpy as np
@@ -232,17 +232,18 @@ def _call(function, task):
 
 
 def scenes_at_once(device):
-    """How many times as many scenes as on a CPU are simulated at once: there a GPU takes hardly longer for more."""
-    return 1 if device.type == "cpu" else 8
+    """How many times as many scenes as on a CPU are simulated at once: a GPU takes hardly longer for more."""
+    return 1 if device.type == "cpu" else 32
 
 
 def side_by_side(function, tasks, device=torch.device("cpu")):
     """Yield function(*task), a dict, for each task in order: as many at a time as this rank has cores, at most 16, of
-    those that work on a GPU 4, each in a process of its own with one thread. For what spends its time between small
+    those that work on a GPU 5, each in a process of its own with one thread. For what spends its time between small
     operations, as the simulator does: there a second thread gains nothing, a second process doubles the speed."""
     # macOS cannot say which cores are ours
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    count = min(len(tasks), 16 if device.type == "cpu" else 4, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    most = 16 if device.type == "cpu" else max(1, min(5, int(free_memory(device) / 8e9)))            # as films take
+    count = min(len(tasks), most, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if count < 2:
         yield from (function(*task) for task in tasks)
         return
@@ -256,9 +257,14 @@ def side_by_side(function, tasks, device=torch.device("cpu")):
                     ahead.append(pool.submit(_call, function, tasks[i + count]))
                 yield each(done, torch.from_numpy)
         except BaseException:                      # Ctrl-C shall not wait for what is half done
-            for process in multiprocessing.active_children():
+            for process in list(pool._processes.values()):
                 process.terminate()
             raise
+
+
+def meanwhile(function, *args):
+    """function(*args) in a thread of its own -> a Future: for what is needed later and made by other processes."""
+    return ThreadPoolExecutor(1).submit(function, *args)
 
 
 def ranks():

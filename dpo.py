@@ -5,7 +5,7 @@ pairs that the simulator judges, so that no human labels are needed.
     python dpo.py                                 # pairs, Stage II and Stage III, from the weights in data/
     python dpo.py --stages=2 --best_only=True --mirror=False --sft=0    # the paper's pairs and its loss alone
     python dpo.py --stages=2 --beta=0             # a control: the same steps on the winners, without a preference
-    python dpo.py --truth=True --best_only=True --pool=out/pairs_truth  # the simulator's clip wins; with --beta=0: truth
+    python dpo.py --truth=True --best_only=True --pool=out/pairs_truth  # the truth wins; with --beta=0: SFT on it
     python dpo.py --rounds=2                      # then the same again with pairs of the policy that came out
     torchrun --nproc_per_node=8 dpo.py --pairs=8192 --steps=1000 --batch=256
     torchrun --nproc_per_node=8 dpo.py --preset=wan5b         # after sft.py --preset=wan5b
@@ -84,7 +84,9 @@ class Config:
     device: str = "auto"            # auto, cuda, mps or cpu
 
 
-PRESETS = {"nano": {}, "small": dict(data="out/small", name="dpo_small", pool="out/pairs_small", size=128, frames=33,
+PRESETS = {"nano": {}, "gpu": dict(name="dpo_gpu", pool="out/pairs_gpu", pairs=2560, steps=200, batch=256, lr=2e-4,
+                                  lr_head=6e-5, eval_every=100),
+           "small": dict(data="out/small", name="dpo_small", pool="out/pairs_small", size=128, frames=33,
                                     temperature=1.0)}
 PRESETS |= {name: dict(data=f"out/{name}", name=f"dpo_{name}", pool=f"out/pairs_{name}", size=512, frames=49, fps=fps,
                        sampler_steps=25, temperature=1.0, checkpointing=True, in_turn=True, best_only=True)  # memory
@@ -201,8 +203,8 @@ def make_pairs(cfg, models, pool, scene, stop, device, rank, world):
     tasks = [(names[s % len(names)], min(shard, cfg.pairs - s * shard), scene + s * shard, form(cfg, models),
               str(device), cfg.truth) for s in missing]
     made = common.side_by_side(judged, tasks, device)
-    for s, (scenario, count, start, *_) in tqdm(zip(missing, tasks), total=len(missing), disable=rank > 0 or not missing,
-                                                desc=f"pairs, shards of {shard} scenes"):
+    bar = tqdm(zip(missing, tasks), f"pairs, shards of {shard} scenes", len(missing), disable=rank > 0 or not missing)
+    for s, (scenario, count, start, *_) in bar:
         if stop.now:
             break
         batch = common.each(next(made), lambda v: v.to(device))
@@ -329,7 +331,8 @@ def train(cfg, stage, around, models, pairs, held_out, folder, stop, device, ran
         """The outcome on val scenes, as cold as sample.py's (the candidates are not: they should differ). This, not the
         loss, is what the stage is for."""
         raw.eval()
-        value, _ = judge.outcome(models, held_out, device, steps=cfg.sampler_steps, temperature=cfg.temperature)
+        value, _ = judge.outcome(models, held_out.result(), device, steps=cfg.sampler_steps,
+                                 temperature=cfg.temperature)
         raw.train()
         if value < best["val_traj_l2"]:
             for k, p in trained.items():
@@ -441,8 +444,8 @@ def main():
     understand([c for name in cfg.scenarios.split(",") for n, *where in ((cfg.rounds * cfg.pairs, 1, "train"),
                                                                          (cfg.eval_clips, 0, "val"))
                 for c in simdata.captions(simdata.make_scene(name, n, *where)[0])])
-    held_out = judge.val_scenes(cfg.scenarios.split(","), cfg.eval_clips, 16 if cfg.size <= sample.SMALL else 1, rank,
-                                world, form(cfg, models))
+    held_out = common.meanwhile(judge.val_scenes, cfg.scenarios.split(","), cfg.eval_clips,
+                                32 if cfg.size <= sample.SMALL else 1, rank, world, form(cfg, models))
     stop, stopped = common.Stop(), False
     for around in range(1, cfg.rounds + 1):
         pool = cfg.pool if around == 1 else f"{cfg.pool}_{around}"                   # other scenes, the policy of now

@@ -528,7 +528,8 @@ class Config:
     device: str = "auto"            # auto, cuda, mps or cpu
 
 
-PRESETS = {"nano": {}}
+PRESETS = {"nano": {}, "gpu": dict(name="encoder_gpu", scenes=60000, steps=1400, batch=1024, lr=6e-3, adam_lr=2e-3,
+                                   warmup=100, eval_every=700, save_every=1400)}
 STATE = 17                                         # numbers before them, see bodies
 MIRROR = torch.ones(STATE + 2 * FUTURE)            # what changes sign in a mirror: u, the moments xy and xz, du
 MIRROR[[0, 5, 6]], MIRROR[STATE::2] = -1, -1
@@ -768,9 +769,12 @@ def main():
     out = cfg.backbone or cfg.out or f"{folder}/backbone.safetensors"
     common.check_writable(out)
     state, log = f"{folder}/state.safetensors", f"{folder}/metrics.jsonl"
-    what = dict(rank=rank, resume=cfg.resume, device=device, scenarios=cfg.scenarios, seed=cfg.seed, size=cfg.size, photo=photo)
+    what = dict(rank=rank, resume=cfg.resume, device=device, scenarios=cfg.scenarios, seed=cfg.seed, size=cfg.size,
+                photo=photo)
+    few = what | dict(device=torch.device("cpu"), scenes=cfg.val_scenes, split="val")
+    val = common.meanwhile(lambda: cached(f"{folder}/val.safetensors", **few)) if world == 1 else None
     train = cached(f"{folder}/train.safetensors", scenes=cfg.scenes, split="train", **what)
-    val = cached(f"{folder}/val.safetensors", scenes=cfg.val_scenes, split="val", **what | dict(device=torch.device("cpu")))
+    val = val.result() if val else cached(f"{folder}/val.safetensors", **few)
 
     @torch.no_grad()
     def save_readout():

@@ -339,7 +339,7 @@ def looked_at(scenario, count, form):
 
 
 def val_scenes(names, clips, most, rank, world, form):
-    """`clips` val scenes in parts of `most`, the scenarios taking turns -> this rank's: [(number, looked_at's dict)]."""
+    """`clips` val scenes in parts of `most`, the scenarios taking turns -> this rank's [(number, looked_at's dict)]."""
     K, parts = len(names), [(i, min(most, clips - i)) for i in range(0, clips, most)]
     each = {name: sum(n for _, n in parts[k::K]) for k, name in enumerate(names) if parts[k::K]}
     made = dict(zip(each, common.side_by_side(looked_at, [(name, n, form) for name, n in each.items()])))
@@ -384,8 +384,8 @@ def reference_rows(batch, again, vae, device):
 
 
 # what the judge and the reference rows need of a make_batch dict
-NEEDED = ("video", "photo", "photo_mask", "mask", "alive", "falls", "position", "velocity", "angular_velocity", "gravity",
-          "camera", "caption")
+NEEDED = ("video", "photo", "photo_mask", "mask", "alive", "falls", "position", "velocity", "angular_velocity",
+          "gravity", "camera", "caption")
 
 
 def scenes(scenario, count, where, photo, jittered):
@@ -401,8 +401,8 @@ def film(places, models, split, chunk, jittered, form):
     rank = dist.get_rank() if dist.is_initialized() else 0
     photo = models.encoder.config["input_size"] if models.encoder is not None else simdata.PHOTO
     return common.side_by_side(scenes, [
-        (scenario, min(chunk, n - start), form | dict(seed=seed, split=split, start=start, unseen=unseen), photo, jittered)
-        for n, seed, unseen, scenario in places for start in range(0, n, chunk)[rank::common.ranks()]])
+        (scenario, min(chunk, n - start), form | dict(seed=seed, split=split, start=start, unseen=unseen), photo,
+         jittered) for n, seed, unseen, scenario in places for start in range(0, n, chunk)[rank::common.ranks()]])
 
 
 @torch.no_grad()
@@ -411,8 +411,8 @@ def evaluate(models, split, n, seed=0, unseen=False, scenario="drop", best_of=1,
     """Generate and measure n scenes of a split. models: {row name: sample.Models}. -> {row: {metric: (n,) tensor}}.
     Under torchrun the ranks share the scenes, and all get all results.
 
-    clips: a simdata.Clips, from which the scenes are taken instead; such have no jittered truth. films: an iterator over
-    what `scenes` gives for each chunk, where it has been asked for already (see film).
+    clips: a simdata.Clips, from which the scenes are taken instead; such have no jittered truth. films: an iterator
+    over what `scenes` gives for each chunk, where it has been asked for already (see film).
     steps, cfg, temperature: as in sample.generate; models need `text` if the DiT reads features. size, frames, fps: of
     the clips.
     best_of > 1 adds the row "<name>, oracle best of k": the sample of lowest traj_l2, what choosing could reach.
@@ -450,7 +450,8 @@ def evaluate(models, split, n, seed=0, unseen=False, scenario="drop", best_of=1,
             if best_of > 1:
                 error = torch.stack([measure(v, batch, fps, detail=False)["traj_l2"].nan_to_num(1) for v in draws])
                 videos[f"{name}, oracle best of {best_of}"] = draws[error.argmin(0), torch.arange(count, device=device)]
-        parts[start] = {row: common.each(measure(video, batch, fps), lambda v: v.cpu()) for row, video in videos.items()}
+        parts[start] = common.each({row: measure(video, batch, fps) for row, video in videos.items()},
+                                   lambda v: v.cpu())
     parts = dict(sorted((start, part) for share in common.gather(parts) for start, part in share.items()))
     rows = next(iter(parts.values()), {})
     return {row: {k: torch.cat([part[row][k] for part in parts.values()]) for k in rows[row]} for row in rows}
@@ -544,8 +545,8 @@ def over_seeds(values, median=False, per=None, draws=1000):
 
 
 def table_one(cfg, places, options, device, rank):
-    """Scores of all that lies in cfg.runs/SEED/, drawn where they are new, -> {row: {split: {metric: {...}}}}. Rows that
-    have their scores need their weights no more.
+    """Scores of all that lies in cfg.runs/SEED/, drawn where they are new, -> {row: {split: {metric: {...}}}}. Rows
+    that have their scores need their weights no more.
 
     places: {"drop, seen" and so on: evaluate's n, seed, unseen, scenario}; options: the rest of its arguments."""
     seeds = sorted((s for s in os.listdir(cfg.runs) if s.isdigit()), key=int) if os.path.isdir(cfg.runs) else []

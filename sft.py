@@ -55,7 +55,7 @@ class Config:
     phys: bool = True               # with the PhysEncoder; False trains the plain DiT
     foretell: bool = True           # physical tokens for the frames to come, too (needs readout.safetensors)
     forced: bool = True             # those say the truth in training, where it is known; else what the readout says
-    steps: int = 3200               # optimizer steps
+    steps: int = 3200               # optimizer steps; 0 only makes the pool
     batch: int = 32                 # clips a step, over all ranks
     accumulate: int = 1             # micro-batches a step and rank, for less memory
     lr: float = 6e-3                # peak learning rate of Muon: the matrices inside the blocks
@@ -81,6 +81,9 @@ PRESETS = {"nano": {},
            # a short run wants higher rates, and soon
            "taste": dict(name="taste", pool="out/pool_taste", clips=1024, steps=220, lr=1.2e-2, adam_lr=4e-3,
                          warmup=40, eval_every=110),
+           # everything from nothing in minutes, see data/gpu.sh
+           "gpu": dict(name="gpu", pool="out/pool_gpu", clips=20480, steps=1000, batch=512, lr=1e-2, adam_lr=4e-3,
+                       warmup=60, eval_every=500, eval_clips=160),
            # not trained yet: from scratch on one GPU, and published weights that data/fetch.py has put in order
            "small": dict(name="small", model="small", pool="out/pool_small", size=128, frames=33, clips=32768,
                          steps=20000, batch=128, lr=3e-3, adam_lr=1e-3, eval_every=2000)}
@@ -172,8 +175,8 @@ def make_pool(cfg, vae, photo, device, rank, world):
 
 
 def get_batch(cfg, pool, step, device):
-    """The global batch of a step, a function of (seed, step): indices, where the pool is; which captions are kept, t and
-    the noise, on the device."""
+    """The global batch of a step, a function of (seed, step): indices, where the pool is; which captions are kept, t
+    and the noise, on the device."""
     g = common.generator(cfg.seed, "sft", step)
     index = torch.randint(len(pool["latent"]), (cfg.batch,), generator=g).to(pool["latent"].device)
     keep = torch.rand(cfg.batch, 1, generator=g) >= cfg.drop_text
@@ -217,7 +220,7 @@ def shard(raw, device, world):
 
 def main():
     cfg = common.parse_config(Config, sys.argv[1:], PRESETS)
-    common.check_range(cfg, clips=(1, 10**8), steps=(1, 10**8), batch=(1, 10**6), accumulate=(1, 10**4), lr=(0, 1),
+    common.check_range(cfg, clips=(1, 10**8), steps=(0, 10**8), batch=(1, 10**6), accumulate=(1, 10**4), lr=(0, 1),
                        adam_lr=(0, 1), warmup=(0, 10**8), weight_decay=(0, 1), shift=(0.01, 100), moving=(0, 1000),
                        drop_text=(0, 1), ema=(0, 1), log_every=(1, 10**8), eval_every=(1, 10**8),
                        eval_clips=(1, 10**4), size=(16, 1024), frames=(5, 1001), fps=(1, 240))
@@ -261,7 +264,14 @@ def main():
 
     if encoder is not None:
         pixels = encoder.config["input_size"]
+    form = dict(frames=cfg.frames, size=cfg.size, fps=cfg.fps, photo=pixels)
+    most = 1 if cfg.size > sample.SMALL else 8 if cfg.fsdp else 32
+    held_out = common.meanwhile(judge.val_scenes, names, cfg.eval_clips, most, rank, world, form) if cfg.steps else None
     pool = make_pool(cfg, vae, pixels, device, rank, world)
+    if not cfg.steps:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return
     text = None                                    # bytes, or what an outside text encoder says, computed once
     if config["text"] == "features":
         captions = M.tokens_to_strings(pool["text"]) + [
@@ -299,7 +309,7 @@ def main():
         """Sample val clips with the averaged weights, every rank its share. -> mean traj_l2; a sheet in the folder."""
         raw.eval()
         with ema.applied(raw):
-            score, shown = judge.outcome(models, held_out, device)
+            score, shown = judge.outcome(models, held_out.result(), device)
             for part in shards:                    # without a backward pass they would stay whole, with these weights
                 part.reshard()
         raw.train()
@@ -309,8 +319,6 @@ def main():
 
     # training
     models = sample.Models(vae, encoder, dit, text=text)
-    held_out = judge.val_scenes(names, cfg.eval_clips, 8 if cfg.size <= sample.SMALL else 1, rank, world,
-                                dict(frames=cfg.frames, size=cfg.size, fps=cfg.fps, photo=pixels))
     stop, began, bins, done = common.Stop(), time.time(), torch.zeros(2, 4, device=device), first
     bar = tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, disable=rank > 0)
     micro = cfg.batch // world // cfg.accumulate

@@ -1876,7 +1876,8 @@ def test_dpo_runs_and_resumes(tmp_path, monkeypatch):
     assert {"caption", "winner_score", "loser_score", "source"} <= line.keys()
     assert line["winner_score"] >= line["loser_score"]
     # each pair is followed by its mirror image, which has been encoded, not turned about as a latent
-    lines, pool = common.read_lines(tmp_path / "out/pairs/0000.jsonl"), read_all(tmp_path / "out/pairs/0000.safetensors")
+    shard = tmp_path / "out/pairs/0000"
+    lines, pool = common.read_lines(f"{shard}.jsonl"), read_all(f"{shard}.safetensors")
     assert len(lines) == 8 and [line["mirrored"] for line in lines] == [False, True] * 4
     vae = judge.sample.load_models(f"{HERE}/data", 1).vae
     assert torch.equal(pool["photo"][::2].flip(-1), pool["photo"][1::2])
@@ -1942,7 +1943,8 @@ def test_dpo_runs_and_resumes(tmp_path, monkeypatch):
     for k in (k for k in begun if k.startswith("reference/")):                       # it goes on where round 1 ended
         assert k.endswith(("lora_A", "lora_B")) and torch.equal(begun[k], earlier["best" + k.removeprefix("reference")])
     assert {k.split(".")[0] for k in ended if k.startswith("model/")} == {"model/dit", "model/head"}
-    scenes, policies = zip(*((sorted({line["index"] for line in common.read_lines(tmp_path / f"out/{pool}/0000.jsonl")}),
+    read = lambda pool: common.read_lines(tmp_path / f"out/{pool}/0000.jsonl")
+    scenes, policies = zip(*((sorted({line["index"] for line in read(pool)}),
                               common.read_weights(tmp_path / f"out/{pool}/0000.safetensors")[1]["policy"])
                              for pool in ("pairs", "pairs_2")))
     assert scenes == ([0, 1, 2, 3], [4, 5, 6, 7]) and policies[0] != policies[1]

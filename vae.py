@@ -438,7 +438,7 @@ class Config:
     device: str = "auto"            # auto, cuda, mps or cpu
 
 
-PRESETS = {"nano": {}}
+PRESETS = {"nano": {}, "gpu": dict(name="vae_gpu", clips=4096, steps=800, batch=64, lr=2e-3, warmup=50, eval_every=400)}
 SIZE, FRAMES = 64, 25
 
 
