@@ -570,6 +570,22 @@ def load_weights(module, path, dtype=None, device=None):
     return config
 
 
+class Graphed:
+    """A module of which a GPU replays a training pass, forward and backward, as CUDA graphs, recorded with the first
+    inputs it gets: a small network's many small operations would have to wait for Python. Shapes must stay, gradients
+    must not be summed over passes, and parameters change in place alone; in eval mode all is as ever."""
+    def __init__(self, module):
+        self.module, self.recorded = module, False
+
+    def __call__(self, *inputs):
+        if self.module.training and not self.recorded:
+            like = tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in inputs)
+            with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+                torch.cuda.make_graphed_callables(self.module, like, allow_unused_input=True)
+            self.recorded = True
+        return self.module(*inputs)
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum, then the nearest matrix whose singular values are all near 1 (Jordan et al. 2024), for kernels with any
     number of axes: each is a matrix to it, one row an output.

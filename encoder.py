@@ -519,6 +519,7 @@ class Config:
     weight_decay: float = 0.02      # of Muon's matrices
     body_weight: float = 10.0       # extra weight of a body's pixels in the depth loss
     depth_only: bool = False        # learn depth alone, of every image, as PhysMaster's backbone (Depth Anything's) did
+    graphs: bool = False            # CUDA graphs: on one GPU so small a network's steps else wait for Python
     ema: float = 0.998              # decay of the weight average that is evaluated and shipped
     log_every: int = 25             # steps
     eval_every: int = 1000          # steps; validation
@@ -528,7 +529,7 @@ class Config:
     device: str = "auto"            # auto, cuda, mps or cpu
 
 
-PRESETS = {"nano": {}, "gpu": dict(name="encoder_gpu", scenes=60000, steps=1400, batch=1024, lr=6e-3, adam_lr=2e-3,
+PRESETS = {"nano": {}, "gpu": dict(name="encoder_gpu", scenes=60000, steps=1400, batch=1024, lr=8e-3, adam_lr=2e-3,
                                    warmup=100, eval_every=700, save_every=1400)}
 STATE = 17                                         # numbers before them, see bodies
 MIRROR = torch.ones(STATE + 2 * FUTURE)            # what changes sign in a mirror: u, the moments xy and xz, du
@@ -600,18 +601,20 @@ def cached(path, rank, resume, device, **what):
 class Pretraining(nn.Module):
     """The backbone and what is asked of it: depth through a DPT, all the rest linearly from its last patch tokens.
 
-    forward(image (B, 3, 14 gh, 14 gw), n) -> inverse depth of the first n images (n, 14 gh, 14 gw); normals
-    (B, 3, s gh, s gw), s pixels a patch; of the body in each of 2 x 2 cells a patch (B, 2 gh, 2 gw, known)."""
-    def __init__(self, config, s):
+    forward(image (B, 3, 14 gh, 14 gw)) -> inverse depth (n, 14 gh, 14 gw), in training of the first n = B / share images
+    alone: a DPT costs as much as all the rest, and depth is learned soon; normals (B, 3, s gh, s gw), s pixels a patch;
+    of the body in each of 2 x 2 cells a patch (B, 2 gh, 2 gw, known)."""
+    def __init__(self, config, s, share=8):
         super().__init__()
-        self.s, self.known = s, STATE + 2 * FUTURE
+        self.s, self.known, self.share = s, STATE + 2 * FUTURE, share
         self.depth = DepthAnything(config)
         self.readout = nn.Linear(config["dim"], 3 * s * s + 4 * self.known)
         nn.init.zeros_(self.readout.weight)
         nn.init.zeros_(self.readout.bias)
 
-    def forward(self, image, n):
+    def forward(self, image):
         features, _ = self.depth.pretrained(image)
+        n = math.ceil(len(image) / self.share) if self.training else len(image)
         gh, gw = (side // self.depth.pretrained.patch for side in image.shape[-2:])
         inverse = self.depth.depth_head([x[:n] for x in features], (gh, gw))
         normal, body = self.readout(features[-1]).float().split([3 * self.s**2, 4 * self.known], -1)
@@ -712,7 +715,7 @@ def predict(model, image, mask, device):
     inverse, normals, told = [], [], []
     for part, owner in zip(image.split(64), cells(mask, patches).split(64)):
         with common.autocast(device):
-            d, normal, body = model(part.to(device).float() / 127.5 - 1, len(part))
+            d, normal, body = model(part.to(device).float() / 127.5 - 1)
         inverse.append(F.interpolate(d[:, None], mask.shape[-2:], mode="bilinear")[:, 0].cpu())
         normals.append(normal.cpu())
         mine = F.one_hot(owner, M + 1)[..., 1:].float()                                # (B, h, w, M)
@@ -765,6 +768,8 @@ def main():
     device, rank, world = common.setup(cfg.device)
     if cfg.batch % world:
         raise InputError(f"--batch={cfg.batch} is no multiple of the {world} ranks")
+    if cfg.graphs and world > 1:
+        raise InputError(f"--graphs=True with {world} ranks: expected one")
     folder = common.start_run(cfg, rank, f"out/{cfg.name}")
     out = cfg.backbone or cfg.out or f"{folder}/backbone.safetensors"
     common.check_writable(out)
@@ -799,7 +804,7 @@ def main():
             dist.destroy_process_group()
         return
     common.seed_everything(cfg.seed)
-    model = Pretraining(config, cfg.size // patches).to(device)
+    model = Pretraining(config, cfg.size // patches, 1 if cfg.depth_only else 8).to(device)
     trained = {k: p for k, p in model.named_parameters() if p.requires_grad}
     # Muon for the matrices inside the networks, AdamW for what enters and leaves them
     inner = {k for k, p in trained.items() if p.ndim > 1 and not re.search("embed|token|readout", k)}
@@ -811,7 +816,8 @@ def main():
     start = common.load_state(state, parts, *optimizers) if cfg.resume else 0
     if rank == 0:
         common.trim_log(log, start)
-    net, stop = DistributedDataParallel(model) if world > 1 else model, common.Stop()
+    net = common.Graphed(model) if cfg.graphs and device.type == "cuda" else model
+    net, stop = DistributedDataParallel(model) if world > 1 else net, common.Stop()
 
     # all that is asked about bodies counts alike: brought to mean 0 and standard deviation 1 over the training scenes
     alive = train["body"][train["body"][..., 2] > 0]                                   # a body has a z-depth
@@ -825,9 +831,11 @@ def main():
     known = {k: v[some] for k, v in train.items()}                                     # how much is learned by heart
 
     def evaluate(step):
+        model.eval()
         with ema.applied(model):
             inverse, normal, told = predict(model, val["image"], val["mask"], device)  # the raw module, on every rank
             by_heart = predict(model, known["image"], known["mask"], device)[2]
+        model.train()
         if rank:
             return
         score = abs_rel(inverse, val["depth"], val["mask"]).nanmean(0)
@@ -862,10 +870,9 @@ def main():
         for optimizer, peak in zip(optimizers, (cfg.lr, cfg.adam_lr)):
             for group in optimizer.param_groups:
                 group["lr"] = peak * scale
-        # a DPT costs as much as all the rest, and depth is learned soon: one image in eight goes through it
-        n = len(image) if cfg.depth_only else math.ceil(len(image) / 8)
         with common.autocast(device):
-            inverse, normals, told = net(image, n)
+            inverse, normals, told = net(image)
+        n = len(inverse)
         inverse = F.interpolate(inverse[:, None], depth.shape[-2:], mode="bilinear")[:, 0]
         loss_depth = ssi_loss(inverse, depth[:n], 1 + cfg.body_weight * (mask[:n] > 0)).mean()
         on = mask > 0

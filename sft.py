@@ -72,6 +72,7 @@ class Config:
     seed: int = 0                   # of weights, order, noise
     checkpointing: bool = False     # compute activations again in the backward pass instead of keeping them
     fsdp: bool = False              # shard weights and optimizer over the ranks (FSDP2) instead of copying them (DDP)
+    graphs: bool = False            # CUDA graphs: on one GPU a small DiT's steps else wait for Python
     compile: bool = False           # torch.compile: little gain on a CPU; takes two minutes and a C++ compiler
     resume: bool = False            # go on from out/<name>/state.safetensors
     device: str = "auto"            # auto, cuda, mps or cpu
@@ -194,6 +195,7 @@ class StageOne(nn.Module):
     def __init__(self, dit, encoder, visible=1.0, moving=0.0):
         super().__init__()
         self.dit, self.encoder, self.visible, self.moving = dit, encoder, visible, moving
+        self.run = None                            # the DiT as CUDA graphs
 
     def forward(self, latent, photo, text, t, eps, truth=None):
         grid, frames = [n // 2 for n in latent.shape[3:]], latent.shape[2] - 1
@@ -201,7 +203,7 @@ class StageOne(nn.Module):
         x0 = latent[:, :, 1:]
         moves = (x0 - x0.mean(2, keepdim=True)).square().mean(1, keepdim=True).clamp_max(1)         # (B, 1, k, h, w)
         weight = self.visible * (1 + self.moving * moves)
-        return M.flow_loss(self.dit, x0, text, latent[:, :, :1], phys, t, eps, weight)              # (B,)
+        return M.flow_loss(self.run or self.dit, x0, text, latent[:, :, :1], phys, t, eps, weight)              # (B,)
 
 
 def shard(raw, device, world):
@@ -234,6 +236,8 @@ def main():
     if cfg.fsdp and (world == 1 or cfg.eval_clips % (8 * world)):
         raise common.InputError(f"--fsdp=True shards over the ranks of torchrun, here {world}; expected 2 or more, and "
                                 f"--eval_clips a multiple of {8 * world}, 8 a rank, so that all sample alike")
+    if cfg.graphs and (world > 1 or cfg.accumulate > 1):
+        raise common.InputError(f"--graphs=True with {world} ranks and --accumulate={cfg.accumulate}: expected 1 and 1")
     if cfg.batch % (world * cfg.accumulate):
         raise common.InputError(f"--batch={cfg.batch} must be a multiple of ranks x accumulate "
                                 f"= {world * cfg.accumulate}")
@@ -284,6 +288,8 @@ def main():
     raw = StageOne(dit, encoder, visible, cfg.moving)
     shards = shard(raw, device, world) if cfg.fsdp else []
     raw.to(device)
+    if cfg.graphs and cfg.phys and device.type == "cuda":
+        raw.run = common.Graphed(dit)
     if cfg.compile:
         raw.compile()                              # in place: names stay; dit.forward itself, which samples, is eager
     model = DistributedDataParallel(raw) if world > 1 and not cfg.fsdp else raw
