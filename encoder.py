@@ -519,7 +519,6 @@ class Config:
     weight_decay: float = 0.02      # of Muon's matrices
     body_weight: float = 10.0       # extra weight of a body's pixels in the depth loss
     depth_only: bool = False        # learn depth alone, of every image, as PhysMaster's backbone (Depth Anything's) did
-    graphs: bool = False            # CUDA graphs: on one GPU so small a network's steps else wait for Python
     ema: float = 0.998              # decay of the weight average that is evaluated and shipped
     log_every: int = 25             # steps
     eval_every: int = 1000          # steps; validation
@@ -529,8 +528,8 @@ class Config:
     device: str = "auto"            # auto, cuda, mps or cpu
 
 
-PRESETS = {"nano": {}, "gpu": dict(name="encoder_gpu", scenes=60000, steps=1400, batch=1024, lr=8e-3, adam_lr=2e-3,
-                                   warmup=100, eval_every=700, save_every=1400)}
+PRESETS = {"nano": {}, "gpu": dict(name="encoder_gpu", scenes=60000, steps=1200, batch=1024, lr=8e-3, adam_lr=2e-3,
+                                   warmup=100, eval_every=600, save_every=1200)}
 STATE = 17                                         # numbers before them, see bodies
 MIRROR = torch.ones(STATE + 2 * FUTURE)            # what changes sign in a mirror: u, the moments xy and xz, du
 MIRROR[[0, 5, 6]], MIRROR[STATE::2] = -1, -1
@@ -601,9 +600,9 @@ def cached(path, rank, resume, device, **what):
 class Pretraining(nn.Module):
     """The backbone and what is asked of it: depth through a DPT, all the rest linearly from its last patch tokens.
 
-    forward(image (B, 3, 14 gh, 14 gw)) -> inverse depth (n, 14 gh, 14 gw), in training of the first n = B / share images
-    alone: a DPT costs as much as all the rest, and depth is learned soon; normals (B, 3, s gh, s gw), s pixels a patch;
-    of the body in each of 2 x 2 cells a patch (B, 2 gh, 2 gw, known)."""
+    forward(image (B, 3, 14 gh, 14 gw)) -> inverse depth (n, 14 gh, 14 gw), in training of the first n = B / share
+    images alone: a DPT costs as much as all the rest, and depth is learned soon; normals (B, 3, s gh, s gw), s pixels a
+    patch; of the body in each of 2 x 2 cells a patch (B, 2 gh, 2 gw, known)."""
     def __init__(self, config, s, share=8):
         super().__init__()
         self.s, self.known, self.share = s, STATE + 2 * FUTURE, share
@@ -768,8 +767,6 @@ def main():
     device, rank, world = common.setup(cfg.device)
     if cfg.batch % world:
         raise InputError(f"--batch={cfg.batch} is no multiple of the {world} ranks")
-    if cfg.graphs and world > 1:
-        raise InputError(f"--graphs=True with {world} ranks: expected one")
     folder = common.start_run(cfg, rank, f"out/{cfg.name}")
     out = cfg.backbone or cfg.out or f"{folder}/backbone.safetensors"
     common.check_writable(out)
@@ -816,8 +813,7 @@ def main():
     start = common.load_state(state, parts, *optimizers) if cfg.resume else 0
     if rank == 0:
         common.trim_log(log, start)
-    net = common.Graphed(model) if cfg.graphs and device.type == "cuda" else model
-    net, stop = DistributedDataParallel(model) if world > 1 else net, common.Stop()
+    net, stop = DistributedDataParallel(model) if world > 1 else model, common.Stop()
 
     # all that is asked about bodies counts alike: brought to mean 0 and standard deviation 1 over the training scenes
     alive = train["body"][train["body"][..., 2] > 0]                                   # a body has a z-depth

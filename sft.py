@@ -83,8 +83,8 @@ PRESETS = {"nano": {},
            "taste": dict(name="taste", pool="out/pool_taste", clips=1024, steps=220, lr=1.2e-2, adam_lr=4e-3,
                          warmup=40, eval_every=110),
            # everything from nothing in minutes, see data/gpu.sh
-           "gpu": dict(name="gpu", pool="out/pool_gpu", clips=20480, steps=1000, batch=512, lr=1e-2, adam_lr=4e-3,
-                       warmup=60, eval_every=500, eval_clips=160),
+           "gpu": dict(name="gpu", pool="out/pool_gpu", clips=20480, steps=1700, batch=256, lr=1e-2, adam_lr=4e-3,
+                       warmup=60, eval_every=850, eval_clips=160, graphs=True),
            # not trained yet: from scratch on one GPU, and published weights that data/fetch.py has put in order
            "small": dict(name="small", model="small", pool="out/pool_small", size=128, frames=33, clips=32768,
                          steps=20000, batch=128, lr=3e-3, adam_lr=1e-3, eval_every=2000)}

@@ -1540,6 +1540,40 @@ def test_pisa_numbers():
     assert judge.pisa(gone & False, a & False)["iou"] == 1 and math.isnan(judge.pisa(gone & False, a)["l2"])
 
 
+def test_pisa_of_many_bodies_is_that_of_each():
+    """Bodies of different sizes, some gone for a while, go into one tensor: each gets the numbers it has alone."""
+    y, x = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
+    disc = lambda cx, cy, r: (x - cx) ** 2 + (y - cy) ** 2 <= r * r
+    true = torch.stack([torch.stack([disc(9 + t, 9, r) for t in range(5)]) for r in (1, 3, 6)])     # (3, 5, 32, 32)
+    pred = torch.stack([torch.stack([disc(9 + 2 * t, 11, r) for t in range(5)]) for r in (2, 3, 5)])
+    pred[0, 2:], true[1, 3], pred[2] = False, False, False
+    many = judge.pisa(pred, true)
+    for i in range(3):
+        for k, v in judge.pisa(pred[i], true[i]).items():
+            assert many[k][i].item() == pytest.approx(v, abs=1e-6, nan_ok=True), (i, k)
+    p, t = (m[0, 0].nonzero().double() for m in (pred, true))                        # and that is what it should be
+    d = (p[:, None] - t[None]).norm(dim=-1)
+    q, s = (m[0, 1].nonzero().double() for m in (pred, true))
+    e = (q[:, None] - s[None]).norm(dim=-1)
+    want = sum((z.amin(0).mean() + z.amin(1).mean()).item() for z in (d, e)) / 2 / (math.sqrt(2) * 32)
+    assert many["chamfer"][0].item() == pytest.approx(want, abs=1e-6) and many["chamfer"][2].isnan()
+
+
+def test_val_scenes_are_shared_by_ranks():
+    """Two ranks look at what one looks at, each scene once, the scenarios in turn; a rank's part has its own scenes."""
+    form = dict(frames=5, size=16, fps=16, photo=28)
+    names = ["drop", "roll"]
+    whole = judge.val_scenes(names, 10, 4, 0, 1, form)
+    halves = [judge.val_scenes(names, 10, 4, rank, 2, form) for rank in (0, 1)]
+    assert [i for i, _ in whole] == [0, 4, 8] and [[i for i, _ in half] for half in halves] == [[0, 8], [4]]
+    for i, batch in halves[0] + halves[1]:
+        for k, v in dict(whole)[i].items():
+            assert v == batch[k] if k == "caption" else torch.equal(v, batch[k]), k
+    drops = simdata.make_batch("drop", 6, 0, "val", **form)
+    assert torch.equal(dict(whole)[8]["video"], drops["video"][4:, :, :1]) and len(dict(whole)[8]["caption"]) == 2
+    assert dict(whole)[4]["caption"] == simdata.make_batch("roll", 4, 0, "val", **form)["caption"]
+
+
 def test_judge_tells_right_from_wrong(clips):
     true = judge.measure(clips["video"], clips)
     static = judge.measure(clips["video"][:, :, :1].expand_as(clips["video"]), clips)
@@ -1662,6 +1696,15 @@ def test_clips_made_side_by_side_are_the_same(monkeypatch):
     assert [len(c["video"]) for c in both] == [2, 1]
     for k, v in V.clips("drop", "val", 3, 0, 0).items():
         assert torch.equal(torch.cat([c[k] for c in both]), v), k
+    # dicts in dicts and what is no tensor come through, and one task more than there are processes at a time
+    tasks = [("drop", 1, dict(seed=0, split="val", start=i, frames=2, size=16), 0, False) for i in range(3)]
+    with pytest.raises(KeyError):                  # without a photo the judge lacks one; what a process raises comes out
+        next(common.side_by_side(judge.scenes, tasks))
+    whole = simdata.make_batch("drop", 3, 0, "val", 2, 16, photo=28)
+    made = common.side_by_side(judge.scenes, [(*task[:3], 28, task[4]) for task in tasks])
+    for i, part in enumerate(made):
+        assert part["again"] == {} and part["batch"]["caption"] == whole["caption"][i:i + 1]
+        assert torch.equal(part["batch"]["camera"]["intrinsics"], whole["camera"]["intrinsics"][i:i + 1])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2129,6 +2172,8 @@ def test_table_of_rows(tmp_path):
     common.save_weights(path, {k: v for k, v in flat.items() if "unseen" not in k}, stamp)
     assert run("eval.py", *flags, cwd=tmp_path).stdout == f"judging roll, unseen: 1 rows\n{text}"
     assert run("eval.py", *flags, cwd=tmp_path).stdout == text
+    os.remove(tmp_path / "out/rows/0/row6/head3.safetensors")                        # what is judged may go
+    assert run("eval.py", *flags, cwd=tmp_path).stdout == text
     refused("eval.py", *flags, "--n=3", cwd=tmp_path, says="another n;")
     refused("eval.py", "--table", "--runs=nowhere", cwd=tmp_path, says="sh data/rows.sh table 0")
     refused("eval.py", "--table", "--rows=plain=out/plain:1", cwd=tmp_path, says="neither --clips nor --rows")
@@ -2176,6 +2221,32 @@ def test_rows_are_trained_as_the_table_reads_them(tmp_path):
         assert stage in ends[f"rows/0/{folder}"] and parent in (None, *judge.ROWS), row
     first, later = (set(re.findall(r"--name=rows/\d/(\w+)", run("table", seed).stdout)) for seed in "01")
     assert first - later == {"row4", "row7", "row9", "row2_more"} and later < first  # these are of one seed
+
+
+def test_everything_from_nothing_on_a_gpu(tmp_path):
+    """data/gpu.sh has flags that there are, makes every file before it is read, and its control has as many passes
+    through the DiT as the pairs and Stage II."""
+    (tmp_path / "data").mkdir()
+    script = shutil.copy(f"{HERE}/data/gpu.sh", tmp_path / "data")
+    for name in ("gpu/dit", "gpu/head1", "dpo_gpu/lora2", "dpo_gpu/head3"):
+        (tmp_path / f"out/{name}.safetensors").parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"out/{name}.safetensors").touch()
+    done = subprocess.run(["sh", script], env={**os.environ, "PYTHON": "echo", "DATA": "out/all"}, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr
+    modules = {"vae.py": V, "encoder.py": E, "sft.py": sft, "dpo.py": dpo}
+    runs = [(file, common.parse_config(modules[file].Config, flags, modules[file].PRESETS))
+            for file, *flags in map(str.split, done.stdout.splitlines())]
+    assert sorted(file for file, _ in runs) == sorted([*modules, "sft.py", "sft.py"])
+    made = {cfg.name: cfg for _, cfg in runs}
+    assert [made[f"{k}_gpu"].out for k in ("vae", "encoder")] == [f"out/all/{k}.safetensors" for k in ("vae", "backbone")]
+    pairs, one, more = made["dpo_gpu"], made["gpu"], made["more_gpu"]
+    assert {pairs.data, one.data, more.data} == {"out/all"} and more.init_from == "out/all/dit.safetensors"
+    pool = made["pool_gpu"]
+    assert pool.steps == 0 and (pool.pool, pool.clips) == (one.pool, one.clips) == (more.pool, more.clips)
+    passes = pairs.pairs * pairs.candidates * pairs.sampler_steps + pairs.steps * pairs.batch * 2 * 4
+    assert more.steps * more.batch * 3 == pytest.approx(passes, rel=0.01)
+    assert sorted(os.listdir(tmp_path / "out/all")) == [f"{n}.safetensors" for n in ("dit", "head1", "head3", "lora2")]
 
 
 def test_intervals_over_seeds_hold_the_truth():
