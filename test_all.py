@@ -921,7 +921,7 @@ def test_shipped_readout_foretells(photos):
     true, path = E.bodies(photos, 64)[n, k], path[n, k]
     assert torch.allclose(path, true[:, None, :2] + true[:, E.STATE:].unflatten(1, (E.FUTURE, 2)), atol=1e-5)
     off = lambda x: (x - path).norm(dim=-1).mean() / math.sqrt(8)
-    assert off(center[n, c]) < 0.05 < 0.14 < off(true[:, None, :2])                  # see the goals, below
+    assert off(center[n, c]) < 0.045 < 0.14 < off(true[:, None, :2])
     assert (cell[n, c] - center[n, c]).norm(dim=-1).median() < 0.3                   # a cell stays with its body
     # a cell has the colour of what covers it
     hue = F.normalize(photos["color"][n, k] - photos["color"][n, k].mean(1, keepdim=True), dim=1)
@@ -2326,7 +2326,7 @@ def test_shipped_model_listens():
     assert (sample.generate(models, image.flip(0), captions, keys, steps=8) - video).abs().mean() > 0.01
     assert (sample.generate(models, image, ["a green clay box rests"] * 4, keys, steps=8) - video).abs().max() > 0.02
     guided = sample.generate(models, image, captions, keys, steps=8, cfg=4.0)
-    assert 0.002 < (guided - video).abs().mean() < 0.2
+    assert 0.005 < (guided - video).abs().mean() < 0.2
     # a lower temperature brings two seeds closer together, not into one
     spread = lambda T: (sample.generate(models, image, captions, keys, steps=8, temperature=T) - sample.generate(
         models, image, captions, [("u", i) for i in range(4)], steps=8, temperature=T)).abs().mean()
@@ -2339,27 +2339,6 @@ def test_shipped_model_listens():
     assert (sample.generate(deaf, image, captions, keys, steps=8) - video).abs().max() > 0.02
     metrics, still = judge.measure(video, batch), judge.measure(image[:, :, None].expand_as(video), batch)
     assert metrics["traj_l2_flight"].nanmean() < 0.25 * still["traj_l2_flight"].nanmean()
-
-
-MISSED = pytest.mark.xfail(strict=True, reason="the weights of drop alone reached it, those of five scenarios do not")
-
-
-@MISSED
-def test_goal_readout(photos):
-    """The bound that stood in test_shipped_readout_foretells."""
-    encoder = E.load_phys_encoder(f"{HERE}/data/backbone.safetensors", config={"out_dim": 8, "foretell": True})
-    center, (owner, path) = encoder.features(photos["photo"])[2][2], E.truth(photos, 64, 8)
-    n, c = (owner > 0).nonzero().unbind(1)
-    assert (center[n, c] - path[n, owner[n, c].long() - 1]).norm(dim=-1).mean() / math.sqrt(8) < 0.045
-
-
-@MISSED
-def test_goal_text():
-    """The bound that stood in test_shipped_model_listens: guided by its caption, a video changes by so much."""
-    models, batch = sample.load_models(f"{HERE}/data", 1), simdata.make_batch("drop", 4, 77, "val")
-    made = [sample.generate(models, batch["video"][:, :, 0], batch["caption"], [("t", i) for i in range(4)], steps=8,
-                            cfg=scale) for scale in (1.0, 4.0)]
-    assert (made[1] - made[0]).abs().mean() > 0.005
 
 
 def test_bad_input_is_refused(tmp_path):
