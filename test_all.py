@@ -1698,7 +1698,7 @@ def test_clips_made_side_by_side_are_the_same(monkeypatch):
         assert torch.equal(torch.cat([c[k] for c in both]), v), k
     # dicts in dicts and what is no tensor come through, and one task more than there are processes at a time
     tasks = [("drop", 1, dict(seed=0, split="val", start=i, frames=2, size=16), 0, False) for i in range(3)]
-    with pytest.raises(KeyError):                  # without a photo the judge lacks one; what a process raises comes out
+    with pytest.raises(KeyError):                  # without a photo the judge lacks one: what a process raises
         next(common.side_by_side(judge.scenes, tasks))
     whole = simdata.make_batch("drop", 3, 0, "val", 2, 16, photo=28)
     made = common.side_by_side(judge.scenes, [(*task[:3], 28, task[4]) for task in tasks])
@@ -2239,7 +2239,8 @@ def test_everything_from_nothing_on_a_gpu(tmp_path):
             for file, *flags in map(str.split, done.stdout.splitlines())]
     assert sorted(file for file, _ in runs) == sorted([*modules, "sft.py", "sft.py"])
     made = {cfg.name: cfg for _, cfg in runs}
-    assert [made[f"{k}_gpu"].out for k in ("vae", "encoder")] == [f"out/all/{k}.safetensors" for k in ("vae", "backbone")]
+    assert made["vae_gpu"].out == "out/all/vae.safetensors"
+    assert made["encoder_gpu"].out == "out/all/backbone.safetensors"
     pairs, one, more = made["dpo_gpu"], made["gpu"], made["more_gpu"]
     assert {pairs.data, one.data, more.data} == {"out/all"} and more.init_from == "out/all/dit.safetensors"
     pool = made["pool_gpu"]

@@ -4,8 +4,8 @@
 #     sh data/gpu.sh
 #     DATA=out/mine sh data/gpu.sh
 # While Stages II and III are trained, so is their control: Stage I going on with truth for as many passes through the
-# DiT as the pairs and Stage II take (2,560 scenes x 4 candidates x 12 sampler steps, and 200 steps x 256 pairs x 2 clips
-# x (2 forward, 2 backward) are 694 steps of 256 clips x (1 forward, 2 backward)). It lies in out/more_gpu.
+# DiT as the pairs and Stage II take (2,560 scenes x 4 candidates x 12 sampler steps, and 200 steps x 256 pairs x 2
+# clips x (2 forward, 2 backward) are 694 steps of 256 clips x (1 forward, 2 backward)). It lies in out/more_gpu.
 set -e
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python} data=${DATA:-data}
