@@ -1547,10 +1547,11 @@ def test_pisa_of_many_bodies_is_that_of_each():
     true = torch.stack([torch.stack([disc(9 + t, 9, r) for t in range(5)]) for r in (1, 3, 6)])     # (3, 5, 32, 32)
     pred = torch.stack([torch.stack([disc(9 + 2 * t, 11, r) for t in range(5)]) for r in (2, 3, 5)])
     pred[0, 2:], true[1, 3], pred[2] = False, False, False
-    many = judge.pisa(pred, true)
-    for i in range(3):
-        for k, v in judge.pisa(pred[i], true[i]).items():
-            assert many[k][i].item() == pytest.approx(v, abs=1e-6, nan_ok=True), (i, k)
+    for turn in (lambda m: m.flip(-1, -2), lambda m: m):                             # near and far from what is padded
+        many = judge.pisa(turn(pred), turn(true))
+        for i in range(3):
+            for k, v in judge.pisa(turn(pred[i]), turn(true[i])).items():
+                assert many[k][i].item() == pytest.approx(v, abs=1e-6, nan_ok=True), (i, k)
     p, t = (m[0, 0].nonzero().double() for m in (pred, true))                        # and that is what it should be
     d = (p[:, None] - t[None]).norm(dim=-1)
     q, s = (m[0, 1].nonzero().double() for m in (pred, true))
