@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import time
+import unittest.mock
 
 import numpy as np
 import pytest
@@ -52,7 +53,9 @@ def run(script, *flags, ok=True, cwd=None):
     argv, random = sys.argv, torch.get_rng_state()
     sys.argv = [script, *map(str, flags)]
     try:
-        with contextlib.chdir(cwd or os.getcwd()), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        # scenes are so few here that processes of their own would take longer to start than to make them
+        with contextlib.chdir(cwd or os.getcwd()), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), \
+                unittest.mock.patch.dict(os.environ, LOCAL_WORLD_SIZE="1000"):
             common.run(module.main)
     except SystemExit as end:
         code = end.code or 0
