@@ -28,7 +28,7 @@ from tqdm import tqdm
 import common
 from common import InputError
 
-# chosen on the val split, data/RESULTS.md
+# chosen on the val split, data/RESULTS_drop.md
 DEFAULT_STAGE, DEFAULT_TEMPERATURE = 3, 0.45
 SMALL = 128                                        # pixels a side; larger clips are made one by one, decoded in parts
 UMT5 = "models_t5_umt5-xxl-enc-bf16.pth"           # in Wan's own folders, with its tokenizer in google/umt5-xxl/

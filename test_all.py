@@ -1787,6 +1787,13 @@ def test_sft_resumes_to_the_bit_and_two_ranks_equal_one(tmp_path):
     assert pool == ["drop", "roll"]                # of eight clips, too, every scenario has its share
     # a base that knows no physics, and Stage I from there: the plain DiT learns to listen
     refused("sft.py", *TINY_SFT, "--physics=False", cwd=tmp_path, says="another physics")
+    refused("sft.py", *TINY_SFT, "--graphs", "--accumulate=2", cwd=tmp_path, says="--accumulate=2: expected 1 and 1")
+    # no steps: the pool alone, also where there is no backbone yet, and the same as with one
+    run("sft.py", *TINY_SFT, "--steps=0", "--phys=False", "--name=none", "--pool=out/alone", cwd=tmp_path)
+    shards = sorted(os.listdir(tmp_path / "out/alone"))
+    assert shards == sorted(os.listdir(tmp_path / "out/pool")) and os.listdir(tmp_path / "out/none") == ["config.json"]
+    for k, v in read_all(tmp_path / "out/alone" / shards[0]).items():
+        assert torch.equal(v, read_all(tmp_path / "out/pool" / shards[0])[k]), k
     run("sft.py", *TINY_SFT, "--name=base", "--phys=False", "--physics=False", "--pool=out/base_pool", "--steps=1",
         "--model=tiny", cwd=tmp_path)
     run("sft.py", *TINY_SFT, "--name=tuned", "--init_from=out/base/dit.safetensors", "--steps=1", cwd=tmp_path)
