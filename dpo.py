@@ -51,6 +51,7 @@ class Config:
     stages: str = "2,3"             # 2, 3, head, both, 2,3 or 2,both (see STAGES)
     rounds: int = 1                 # how often: new pairs, all stages
     pool: str = "out/pairs"         # folder of preference pairs; made if it lacks shards
+    scenes: str = "out/scenes"      # folder where scenes and what judges them are kept for other policies
     scenarios: str = "drop,collide,roll,support,dominoes"  # names in simdata.SCENARIOS; they take turns
     pairs: int = 1280               # scenes to draw candidates for; those without a clear winner are dropped
     size: int = 64                  # pixels a side of the clips
@@ -60,6 +61,7 @@ class Config:
     candidates: int = 4             # K, clips per scene
     best_only: bool = False         # of a scene's pairs only the best against the worst, as PhysMaster has it
     mirror: bool = True             # of pairs the mirror images, too
+    heat: float = 1.0               # temperature of the candidates: scale of their initial noise
     truth: bool = False             # the simulator's own clip is one candidate more
     margin: float = 0.3             # least difference of scores, in pixels
     sampler_steps: int = 12         # of the candidates
@@ -68,7 +70,7 @@ class Config:
     shift: float = 5.0              # of the training times, as in Stage I
     rank: int = 16                  # of the LoRA
     alpha: int = 32                 # of the LoRA
-    steps: int = 500                # optimizer steps per stage
+    steps: int = 500                # optimizer steps per stage; 0 only makes the pairs
     batch: int = 16                 # pairs a step, over all ranks
     lr: float = 1e-4                # peak learning rate of Stage II
     lr_head: float = 3e-5           # peak learning rate of Stage III
@@ -159,8 +161,8 @@ def score(video, batch, weights):
 def pair_stamp(cfg, models):
     """What simulated pairs depend on; pairs from elsewhere only need the same VAE."""
     return {"vae": common.fingerprint(models.vae), "policy": common.fingerprint(models.dit, models.encoder),
-            **{k: getattr(cfg, k) for k in ("scenarios", "candidates", "truth", "margin", "sampler_steps", "size",
-                                            "frames", "fps")}}
+            **{k: getattr(cfg, k) for k in ("scenarios", "candidates", "heat", "truth", "margin", "sampler_steps",
+                                            "size", "frames", "fps")}}
 
 
 def form(cfg, models):
@@ -182,7 +184,8 @@ def judged(scenario, count, start, form, device, whole):
     the first frames), and chaos_weights."""
     batch = simdata.make_batch(scenario, count, SEED, "train", start=start, device=device, **form)
     batch = {k: batch[k] for k in ("video", "photo", "mask", "alive", "falls", "position", "caption")}
-    batch["video"] = batch["video"] if whole else batch["video"][:, :, :1].clone()
+    video = batch["video"] if whole else batch["video"][:, :, :1]
+    batch["video"] = ((video + 1) * 127.5).round().byte()                            # as in a file
     begin, _ = simdata.make_scene(scenario, count, SEED, "train", form["size"], device, start)
     return batch | dict(weights=chaos_weights(begin, batch, form["frames"], form["fps"], start))
 
@@ -202,14 +205,15 @@ def make_pairs(cfg, models, pool, scene, stop, device, rank, world):
                if not os.path.exists(f"{pool}/{s:04d}.safetensors")]
     tasks = [(names[s % len(names)], min(shard, cfg.pairs - s * shard), scene + s * shard, form(cfg, models),
               str(device), cfg.truth) for s in missing]
-    made = common.side_by_side(judged, tasks, device)
+    made = common.side_by_side(common.remembered, [(cfg.scenes, judged, *task) for task in tasks], device)
     bar = tqdm(zip(missing, tasks), f"pairs, shards of {shard} scenes", len(missing), disable=rank > 0 or not missing)
     for s, (scenario, count, start, *_) in bar:
         if stop.now:
             break
         batch = common.each(next(made), lambda v: v.to(device))
         photo, text = batch["photo"], models.read(batch["caption"]).to(device)
-        frame, small = batch["video"][:, :, :1], cfg.size <= sample.SMALL
+        film, small = batch["video"].float() / 127.5 - 1, cfg.size <= sample.SMALL
+        frame = film[:, :, :1]
         latents, scores = [], []
         with common.autocast(device):
             firsts = [models.vae.encode(x) for x in (frame, frame.flip(-1))]         # as it is, and in a mirror
@@ -218,8 +222,8 @@ def make_pairs(cfg, models, pool, scene, stop, device, rank, world):
             for k in range(cfg.candidates + cfg.truth):
                 x0 = sample.generate_latent(models, firsts[0], text, phys,
                                             [("pairs", SEED, start + i, k) for i in range(count)], cfg.frames,
-                                            steps=cfg.sampler_steps) if k < cfg.candidates else \
-                    models.vae.encode(batch["video"])[:, :, 1:]
+                                            steps=cfg.sampler_steps, temperature=cfg.heat) \
+                    if k < cfg.candidates else models.vae.encode(film)[:, :, 1:]
                 video = models.vae.decode(torch.cat([firsts[0], x0], 2), 0 if small else 2)
                 scores.append(score(video, batch, batch["weights"]).cpu())
                 # gravity has no left or right, and an encoded mirror image is what the DiT would have to make there
@@ -228,12 +232,13 @@ def make_pairs(cfg, models, pool, scene, stop, device, rank, world):
         latents, firsts = torch.stack(latents), torch.stack(firsts).cpu()            # (K, 2, B, ...), (2, B, ...)
         pairs = [(*pair, m) for pair in ranked(torch.stack(scores), cfg.margin) for m in (0, 1)]
         scene_of, better, worse, mirrored = torch.tensor(pairs, dtype=torch.long).view(-1, 4).unbind(1)
+        who = [f"sample {k}" for k in range(cfg.candidates)] + ["truth"]
         with common.atomic(f"{pool}/{s:04d}.jsonl") as tmp, open(tmp, "w") as f:
             for i, w, l, m in pairs:
                 f.write(json.dumps({"scenario": scenario, "seed": SEED, "index": start + i,
                                     "caption": batch["caption"][i], "winner_score": round(scores[w][i].item(), 4),
-                                    "loser_score": round(scores[l][i].item(), 4), "mirrored": bool(m),
-                                    "source": "simulator"}) + "\n")
+                                    "loser_score": round(scores[l][i].item(), 4), "winner": who[w],
+                                    "loser": who[l], "mirrored": bool(m), "source": "simulator"}) + "\n")
         photos = ((torch.stack([photo, photo.flip(-1)]) + 1) * 127.5).round().byte().cpu()
         # the tensors last: their file says that the shard is complete
         common.save_weights(f"{pool}/{s:04d}.safetensors", dict(
@@ -244,10 +249,11 @@ def make_pairs(cfg, models, pool, scene, stop, device, rank, world):
     return stop.agreed(device)                     # once all ranks are done
 
 
-def chosen(lines, best_only, mirror):
+def chosen(lines, best_only, mirror, truth):
     """Which pairs are learned from, by their lines in .jsonl -> their numbers. Best against worst is the widest margin
     of its scene; a line that names no scene (pairs from elsewhere) stands for itself."""
-    kept = [i for i, line in enumerate(lines) if mirror or not line.get("mirrored")]
+    kept = [i for i, line in enumerate(lines) if (mirror or not line.get("mirrored"))
+            and (truth or "truth" not in (line.get("winner"), line.get("loser")))]
     if not best_only:
         return kept
     widest = {}
@@ -267,7 +273,8 @@ def load_pairs(cfg, models, pool, rank):
     for name in names:
         tensors, made = common.read_weights(f"{pool}/{name}.safetensors")
         for key in made.keys() & stamp.keys():     # pairs from elsewhere carry only what they know
-            if made[key] != stamp[key]:
+            # where the truth is a candidate, there are the pairs without it as well
+            if made[key] != stamp[key] and not (key == "truth" and made[key]):
                 raise common.InputError(f"{pool}/{name}.safetensors was made with another {key}; delete {pool} "
                                         "or choose another --pool")
         if not os.path.exists(f"{pool}/{name}.jsonl"):
@@ -277,7 +284,7 @@ def load_pairs(cfg, models, pool, rank):
         if len(notes) != len(tensors["winner"]):
             raise common.InputError(f"{pool}/{name}: {len(notes)} lines in .jsonl, "
                                     f"{len(tensors['winner'])} pairs in .safetensors")
-        keep = chosen(notes, cfg.best_only, cfg.mirror)
+        keep = chosen(notes, cfg.best_only, cfg.mirror, cfg.truth)
         parts.append({k: v[keep] for k, v in tensors.items()}), lines.extend(notes[i] for i in keep)
     if not lines:
         raise common.InputError(f"{pool} holds no pairs: every margin was under --margin={cfg.margin}; lower it, "
@@ -415,15 +422,17 @@ def train(cfg, stage, around, models, pairs, held_out, folder, stop, device, ran
 def main():
     cfg = common.parse_config(Config, sys.argv[1:], PRESETS)
     common.check_range(cfg, rounds=(1, 10**4), pairs=(1, 10**8), candidates=(2, 256), margin=(0, 1e3), beta=(0, 1e7),
-                       sft=(0, 1e3), rank=(1, 1024), alpha=(1, 4096), steps=(1, 10**7), batch=(1, 10**6),
+                       sft=(0, 1e3), rank=(1, 1024), alpha=(1, 4096), steps=(0, 10**7), batch=(1, 10**6),
                        eval_clips=(1, 10**5), log_every=(1, 10**7), eval_every=(1, 10**7), sampler_steps=(1, 1000),
                        lr=(0, 1), lr_head=(0, 1), warmup=(0, 10**7), shift=(0.01, 100), temperature=(0, 2),
-                       size=(16, 1024), frames=(5, 1001), fps=(1, 240))
+                       heat=(0, 2), size=(16, 1024), frames=(5, 1001), fps=(1, 240))
     common.check_frames(cfg)
     common.check_names("scenarios", cfg.scenarios, simdata.SCENARIOS)
     stages = cfg.stages.split(",")
     if cfg.stages not in ("2", "3", "head", "both", "2,3", "2,both"):
         raise common.InputError(f"--stages={cfg.stages}: expected 2, 3, head, both, 2,3 or 2,both")
+    if os.path.abspath(cfg.pool) == os.path.abspath(f"out/{cfg.name}"):
+        raise common.InputError(f"--pool={cfg.pool}: expected another folder than the run's, which has weights")
     device, rank, world = common.setup(cfg.device)
     if cfg.batch % world:
         raise common.InputError(f"--batch={cfg.batch} must be a multiple of the {world} ranks")
@@ -434,6 +443,9 @@ def main():
                                 "one; expected --stages=2")
     models.dit.checkpointing = cfg.checkpointing
     folder = common.start_run(cfg, rank, f"out/{cfg.name}")
+    if rank == 0 and cfg.steps:                    # first, so that with its last file the folder is whole
+        sample.carry_over(cfg.data, folder, "vae", "backbone", "readout", "dit", "head1",
+                          *["lora2"] * (stages == ["3"]))
 
     def understand(captions):
         """What an outside text encoder says about them, if the DiT needs one, computed once."""
@@ -444,8 +456,9 @@ def main():
     understand([c for name in cfg.scenarios.split(",") for n, *where in ((cfg.rounds * cfg.pairs, 1, "train"),
                                                                          (cfg.eval_clips, 0, "val"))
                 for c in simdata.captions(simdata.make_scene(name, n, *where)[0])])
-    held_out = common.meanwhile(judge.val_scenes, cfg.scenarios.split(","), cfg.eval_clips,
-                                32 if cfg.size <= sample.SMALL else 1, rank, world, form(cfg, models))
+    held_out = common.meanwhile(common.remembered, cfg.scenes, judge.val_scenes, cfg.scenarios.split(","),
+                                cfg.eval_clips, 32 if cfg.size <= sample.SMALL else 1, rank, world,
+                                form(cfg, models)) if cfg.steps else None
     stop, stopped = common.Stop(), False
     for around in range(1, cfg.rounds + 1):
         pool = cfg.pool if around == 1 else f"{cfg.pool}_{around}"                   # other scenes, the policy of now
@@ -457,13 +470,12 @@ def main():
         if around == 1 and stages == ["3"]:        # Stage III alone: Stage II's LoRA is on, in policy and reference
             models, text = sample.load_models(cfg.data, 2, device=device), models.text
             models.dit.checkpointing, models.text = cfg.checkpointing, text
-        for stage in stages:
+        for stage in stages if cfg.steps else ():
             stopped = stopped or train(cfg, stage, around, models, pairs, held_out, folder, stop, device, rank, world)
         if stopped:
             break
-    if rank == 0:
-        print("stopped; go on with --resume=True") if stopped else sample.carry_over(
-            cfg.data, folder, "vae", "backbone", "readout", "dit", "head1", *["lora2"] * (stages == ["3"]))
+    if rank == 0 and stopped:
+        print("stopped; go on with --resume=True")
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -43,6 +43,7 @@ class Config:
     pool: str = "out/pool"          # folder of cached latents; made if it lacks shards
     scenarios: str = "drop,collide,roll,support,dominoes"  # names in simdata.SCENARIOS; they take turns
     clips: int = 7680               # simulated clips in the pool, each also mirrored
+    scenes: str = "out/scenes"      # folder where val scenes are kept for other runs
     physics: bool = True            # False: what would fall wanders about instead, for a base that knows no physics
     folder: str = ""                # a folder of clips (see simdata.py) to train on instead, mirrored as well
     skip_broken: bool = False       # leave broken clips of the folder out, and say so, instead of stopping
@@ -270,7 +271,8 @@ def main():
         pixels = encoder.config["input_size"]
     form = dict(frames=cfg.frames, size=cfg.size, fps=cfg.fps, photo=pixels)
     most = 1 if cfg.size > sample.SMALL else 8 if cfg.fsdp else 32
-    held_out = common.meanwhile(judge.val_scenes, names, cfg.eval_clips, most, rank, world, form) if cfg.steps else None
+    held_out = common.meanwhile(common.remembered, cfg.scenes, judge.val_scenes, names, cfg.eval_clips, most, rank,
+                                world, form) if cfg.steps else None
     pool = make_pool(cfg, vae, pixels, device, rank, world)
     if not cfg.steps:
         if dist.is_initialized():
@@ -288,7 +290,7 @@ def main():
     raw = StageOne(dit, encoder, visible, cfg.moving)
     shards = shard(raw, device, world) if cfg.fsdp else []
     raw.to(device)
-    if cfg.graphs and cfg.phys and device.type == "cuda":
+    if cfg.graphs and device.type == "cuda":
         raw.run = common.Graphed(dit)
     if cfg.compile:
         raw.compile()                              # in place: names stay; dit.forward itself, which samples, is eager
@@ -383,13 +385,14 @@ def main():
 
     if done == cfg.steps:
         ema.copy_to(raw)
-        files = {"dit": (dit, dit.config)} | ({"head1": (encoder.head, encoder.config)} if cfg.phys else {})
+        if rank == 0:                              # the DiT last: with it the folder is whole
+            sample.carry_over(cfg.data, folder, "vae", "backbone", "readout")
+        files = ({"head1": (encoder.head, encoder.config)} if cfg.phys else {}) | {"dit": (dit, dit.config)}
         for name, (module, config) in files.items():
             tensors = {k: common.whole(v) for k, v in module.state_dict().items()}
             if rank == 0:
                 common.save_weights(f"{folder}/{name}.safetensors", tensors, config, torch.bfloat16)
         if rank == 0:
-            sample.carry_over(cfg.data, folder, "vae", "backbone", "readout")
             print(f"wrote {' and '.join(f'{folder}/{name}.safetensors' for name in files)}")
     elif rank == 0:
         print(f"stopped after {done} steps; go on with --resume=True")

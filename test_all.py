@@ -1904,10 +1904,12 @@ def test_pairs_are_all_that_are_a_margin_apart():
                                              mirrored=m)
     lines = [line(0, -1, -2), line(0, -1, -2, True), line(0, -1, -3), line(0, -1, -3, True), line(1, -4, -5),
              dict(caption="someone's choice"), dict(caption="another's")]
-    assert dpo.chosen(lines, best_only=False, mirror=True) == list(range(7))
-    assert dpo.chosen(lines, best_only=False, mirror=False) == [0, 2, 4, 5, 6]
-    assert dpo.chosen(lines, best_only=True, mirror=True) == [2, 3, 4, 5, 6]
-    assert dpo.chosen(lines, best_only=True, mirror=False) == [2, 4, 5, 6]
+    assert dpo.chosen(lines, best_only=False, mirror=True, truth=True) == list(range(7))
+    assert dpo.chosen(lines, best_only=False, mirror=False, truth=True) == [0, 2, 4, 5, 6]
+    assert dpo.chosen(lines, best_only=True, mirror=True, truth=True) == [2, 3, 4, 5, 6]
+    assert dpo.chosen(lines, best_only=True, mirror=False, truth=True) == [2, 4, 5, 6]
+    lines[2] |= dict(winner="truth", loser="sample 1")
+    assert dpo.chosen(lines, best_only=True, mirror=False, truth=False) == [0, 4, 5, 6]
 
 
 def test_dpo_runs_and_resumes(tmp_path, monkeypatch):
@@ -1977,9 +1979,16 @@ def test_dpo_runs_and_resumes(tmp_path, monkeypatch):
         assert (whole[k] - turn[k]).norm() <= 0.01 * turn[k].norm(), k
     # the truth may be a candidate; without a preference the winners alone are learned, and the best stays the best
     run("dpo.py", *tiny, "--name=true", "--steps=2", "--stages=2", "--truth=True", "--best_only=True",
-        "--pool=out/true", "--beta=0", "--lr=0.5", cwd=tmp_path)
-    lines = [common.read_lines(tmp_path / f"out/{pool}/0000.jsonl") for pool in ("pairs", "true")]
-    lines = [[some[i] for i in dpo.chosen(some, best_only=True, mirror=False)] for some in lines]
+        "--pool=out/told", "--beta=0", "--lr=0.5", cwd=tmp_path)
+    lines = [common.read_lines(tmp_path / f"out/{pool}/0000.jsonl") for pool in ("pairs", "told")]
+    both = [{line["winner"] for line in some} for some in lines]
+    assert both[0] == {"sample 0", "sample 1"} and both[1] - both[0] == {"truth"}
+    # of whoever has the truth among the candidates, the other pairs are as they would be without it
+    again = dpo.chosen(lines[1], best_only=False, mirror=True, truth=False)
+    assert [lines[1][i] for i in again] == lines[0]
+    run("dpo.py", *tiny, "--name=none", "--steps=1", "--stages=2", "--pool=out/told", cwd=tmp_path)
+    refused("dpo.py", *tiny, "--name=c", "--steps=1", "--truth=True", cwd=tmp_path, says="another truth")
+    lines = [[some[i] for i in dpo.chosen(some, best_only=True, mirror=False, truth=True)] for some in lines]
     assert len(lines[0]) == len(lines[1]) == 4
     assert all(t["winner_score"] > p["winner_score"] and t["loser_score"] == p["loser_score"] for p, t in zip(*lines))
     ruined, kept = (read_all(tmp_path / f"out/true/{x}.safetensors") for x in ("state2", "lora2"))
@@ -2003,9 +2012,16 @@ def test_dpo_runs_and_resumes(tmp_path, monkeypatch):
                              for pool in ("pairs", "pairs_2")))
     assert scenes == ([0, 1, 2, 3], [4, 5, 6, 7]) and policies[0] != policies[1]
     judge.sample.load_models(str(tmp_path / "out/both"), 3)                          # the run folder is a --data
+    # pairs alone; what other policies have been judged by is kept, and as good as new
+    kept = sorted((tmp_path / "out/scenes").glob("judged_*.pt"))
+    run("dpo.py", *tiny, "--name=pool", "--steps=0", "--pool=out/kept", cwd=tmp_path)
+    assert sorted((tmp_path / "out/scenes").glob("judged_*.pt")) == kept and len(kept) >= 2
+    assert (tmp_path / "out/kept/0000.safetensors").read_bytes() == (tmp_path / "out/pairs/0000.safetensors").read_bytes()
+    assert not [f for f in os.listdir(tmp_path / "out/pool") if f.endswith((".safetensors", ".jsonl"))]
     two_ranks(f"{HERE}/dpo.py", *tiny, "--name=ranks", "--steps=1", cwd=tmp_path)
     ranks = [json.loads(line) for line in open(tmp_path / "out/ranks/metrics2.jsonl")]
     assert next(e for e in ranks if "loss" in e)["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    refused("dpo.py", *tiny, "--name=c", "--pool=out/c", cwd=tmp_path, says="expected another folder than the run's")
     refused("dpo.py", *tiny, "--name=c", "--margin=9", cwd=tmp_path, says="another margin")
     os.truncate(tmp_path / "out/pairs/0000.jsonl", 0)
     refused("dpo.py", *tiny, "--name=c", cwd=tmp_path, says="0 lines")
@@ -2207,7 +2223,7 @@ def test_a_published_backbone_joins_nano(tmp_path):
 
 def test_rows_are_trained_as_the_table_reads_them(tmp_path):
     """data/rows.sh has flags that there are, and trains every row of the table, each from what was trained before."""
-    env, made, ends = {**os.environ, "PYTHON": "echo", "DINO": "file"}, set(), {}
+    env, made, ends = {**os.environ, "PYTHON": "echo", "DINO": "file", "GPU": ""}, set(), {}
     (tmp_path / "data").mkdir()                    # where nothing is trained yet
     script = shutil.copy(f"{HERE}/data/rows.sh", tmp_path / "data")
     run = lambda *args: subprocess.run(["sh", script, *args], env=env, capture_output=True, text=True)
@@ -2232,6 +2248,11 @@ def test_rows_are_trained_as_the_table_reads_them(tmp_path):
         assert stage in ends[f"rows/0/{folder}"] and parent in (None, *judge.ROWS), row
     first, later = (set(re.findall(r"--name=rows/\d/(\w+)", run("table", seed).stdout)) for seed in "01")
     assert first - later == {"row4", "row7", "row9", "row2_more"} and later < first  # these are of one seed
+    pairs, control = (next(common.parse_config(module.Config, line.split()[1:], module.PRESETS)
+                           for line in run("table", "0").stdout.splitlines() if f"--name=rows/0/{name} " in line)
+                      for module, name in ((dpo, "row8"), (sft, "more")))            # at equal cost
+    passes = pairs.pairs * pairs.candidates * pairs.sampler_steps + pairs.steps * pairs.batch * 2 * 4
+    assert control.steps * control.batch * 3 == pytest.approx(passes, rel=0.01)
 
 
 def test_everything_from_nothing_on_a_gpu(tmp_path):

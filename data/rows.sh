@@ -5,7 +5,7 @@
 #     python eval.py --table --split=test   # how they all did
 # Rows of a seed share the base, Stage I and its pairs; all seeds share the clips. What is done is left alone, what was cut
 # off goes on. LAUNCH="torchrun --nproc_per_node=2" spreads the preference stages over processes. On a few cores it is
-# quicker to train two seeds beside each other, each with OMP_NUM_THREADS=1.
+# quicker to train two seeds beside each other, each with OMP_NUM_THREADS=1. GPU=1 runs Stage I as CUDA graphs.
 set -e
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
@@ -13,7 +13,7 @@ python=${PYTHON:-python}
 sft() {                                     # a run of Stage I: its name, then its flags
     name=rows/$seed/$1; shift
     [ -e "out/$name/dit.safetensors" ] || $python sft.py --resume=True --name="$name" --seed="$seed" \
-        --steps=800 --eval_every=800 "$@"
+        --steps=800 --eval_every=800 ${GPU:+--graphs=True} "$@"
 }
 dpo() {                                     # a run of preferences: its name, the file that ends it, then its flags
     name=rows/$seed/$1; last=$2; shift 2
@@ -22,17 +22,18 @@ dpo() {                                     # a run of preferences: its name, th
 }
 
 table() {
-    I="--data=$rows/row3 --pool=$rows/pairs3"
     sft row3 --init_from=$rows/base/dit.safetensors                        # 3: SFT of DiT and encoder: Stage I
+    # One pool of pairs for all rows after Stage I; the controls that learn from the truth take those that have it
+    I="--data=$rows/row3 --pool=$rows/pairs3" T="--stages=2 --truth=True $one"
+    [ -e $rows/row8/head3.safetensors ] || dpo made3 none $I --truth=True --steps=0
     dpo row8 head3 $I                                                      # 5 and 8: Stages II and III
     dpo row6 head3 $I --stages=head                                        # 6: Stage I, DPO of the encoder
     # Controls, after Stage I. 720 steps on truth take as many passes through the DiT as Stage II with its pairs does:
     # 640 scenes x 4 candidates x 12 sampler steps, and 300 steps x 16 pairs x 2 clips x (2 forward, 2 backward)
     sft more --init_from=$rows/row3/dit.safetensors $truth
     dpo winners lora2 $I --stages=2 $one --beta=0                          # SFT on the winners alone
-    T="--data=$rows/row3 --pool=$rows/pairs3t --stages=2 --truth=True $one"
-    dpo best lora2 $T                                                      # DPO, the truth a candidate
-    dpo truth lora2 $T --beta=0                                            # SFT of the LoRA on the truth
+    dpo best lora2 $I $T                                                   # DPO, the truth a candidate
+    dpo truth lora2 $I $T --beta=0                                         # SFT of the LoRA on the truth
     dpo plain lora2 $I --stages=2 $one --sft=0                             # the paper's pairs and its loss alone
     [ "$seed" = 0 ] || return 0                                            # the rest is of less interest: one seed
     dpo row7 head3 $I --stages=both                                        # 7: Stage I, DPO of both
