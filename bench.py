@@ -688,7 +688,9 @@ def wan(cfg, device):
         draw = lambda *shape: torch.randn(1, *shape, device=device)
         inputs = [draw(C, (frames - 1) // 4, h, w), torch.full((1,), 0.5, device=device), draw(512, 4096),
                   draw(C, 1, h, w)]
-        phys = draw(15 * 26, config["dim"])        # at most 400 physical tokens
+        encoder = E.PhysEncoder(E.CONFIGS["dinov2_vitb14"] | {"out_dim": config["dim"]}).to(device)
+        gh, gw = encoder.head.grid(inputs[0])
+        phys = draw(gh * gw, config["dim"])
 
         @torch.no_grad()
         def once(*more):
@@ -709,7 +711,6 @@ def wan(cfg, device):
             print(seen.key_averages().table(sort_by="cuda_time_total", row_limit=12, max_name_column_width=70))
 
         dit.checkpointing, h, w = True, 480 // stride, 832 // stride
-        encoder = E.PhysEncoder(E.CONFIGS["dinov2_vitb14"] | {"out_dim": config["dim"]}).to(device)
         M.add_lora(dit, 16, 32)
         net = dpo.Policy(dit, encoder.head.requires_grad_(False))
         trained = {n: p for n, p in net.named_parameters() if p.requires_grad}

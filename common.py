@@ -42,6 +42,13 @@ def run(main):
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        print(f"error: out of memory: {str(error).splitlines()[0][:200]} Fewer frames, smaller sides, fewer clips at a "
+              "time (--n, --batch, --chunk) need less; in training --checkpointing=True does, and in dpo.py "
+              "--in_turn=True", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

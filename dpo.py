@@ -122,8 +122,7 @@ class Policy(nn.Module):
         """seen: PhysEncoder.features of the photo; first (B, C, 1, h, w); clips: [winner, loser] or one of them, each
         (B, C, k, h, w), in one forward, so that rounding is theirs alike -> an error (B,) for each."""
         many = lambda x: torch.cat([x] * len(clips))
-        grid, frames = [n // 2 for n in first.shape[3:]], clips[0].shape[2]
-        phys = None if self.head is None else many(self.head(*seen, grid, frames))
+        phys = None if self.head is None else many(self.head(*seen, self.head.grid(first), clips[0].shape[2]))
         error = M.flow_loss(self.dit, torch.cat(clips), many(text), many(first), phys, many(t), many(eps), self.visible)
         return error.chunk(len(clips))
 
@@ -217,8 +216,7 @@ def make_pairs(cfg, models, pool, scene, stop, device, rank, world):
         latents, scores = [], []
         with common.autocast(device):
             firsts = [models.vae.encode(x) for x in (frame, frame.flip(-1))]         # as it is, and in a mirror
-            grid = [n // 2 for n in firsts[0].shape[3:]]
-            phys = models.encoder(photo, grid, (cfg.frames - 1) // 4) if models.encoder else None
+            phys = models.encoder and models.encoder(photo, models.encoder.head.grid(firsts[0]), (cfg.frames - 1) // 4)
             for k in range(cfg.candidates + cfg.truth):
                 x0 = sample.generate_latent(models, firsts[0], text, phys,
                                             [("pairs", SEED, start + i, k) for i in range(count)], cfg.frames,

@@ -279,6 +279,15 @@ class PhysicalHead(DPT):
                 nn.init.normal_(linear.weight, std=std / math.sqrt(linear.in_features))
                 nn.init.zeros_(linear.bias)
 
+    def grid(self, latent, most=400):
+        """How the tokens lie for a clip (B, C, T, H, W) of latents -> (gh, gw): as the DiT's own patches of a frame,
+        and where those are too many, each in the place of 2 x 2 of them, or 3 x 3, or so on. What is foretold of a
+        place joins that place's own token, so there it is one for each."""
+        h, w = (n // 2 for n in latent.shape[3:])
+        factors = [n for n in range(1, math.gcd(h, w) + 1) if h % n == w % n == 0]
+        n = 1 if self.foretell else next((n for n in factors if h * w <= most * n * n), factors[-1])
+        return h // n, w // n
+
     def forward(self, features, patch_grid, told, grid, frames=0):
         x = F.adaptive_avg_pool2d(self.trunk(features, patch_grid), grid)              # (B, features, *grid)
         last = features[-1].mT.unflatten(2, patch_grid)                                # (B, D, *patch_grid)

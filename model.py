@@ -130,20 +130,18 @@ class Block(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU("tanh"), nn.Linear(ffn_dim, dim))
         self.modulation = nn.Parameter(torch.empty(1, 6, dim))
 
-    def forward(self, x, text, rows, clean, rotary):
-        """x (B, L, D); rows (B, R, 6, D), one per distinct time: R = 2 if `clean` tokens on the left have t = 0."""
-        def spread(row):                           # (B, R, D) -> what broadcasts over (B, L, D), one row per token
-            if row.shape[1] == 1:
-                return row
-            return torch.cat([row[:, :1].expand(-1, clean, -1), row[:, 1:].expand(-1, x.shape[1] - clean, -1)], 1)
-
-        shift1, scale1, gate1, shift2, scale2, gate2 = (rows + self.modulation[:, None]).unbind(2)  # 6 x (B, R, D)
-        y = torch.addcmul(spread(shift1), F.layer_norm(x, x.shape[-1:], eps=EPS), spread(1 + scale1))
-        x = torch.addcmul(x, self.self_attn(y, y, rotary).float(), spread(gate1))
+    def forward(self, x, text, rows, rotary):
+        """x (B, G, g, D): all tokens, in G groups of one time each; rows (B, G, 6, D), what the time says."""
+        flat, groups = lambda y: y.flatten(1, 2), lambda y: y.unflatten(1, x.shape[1:3])            # (B, L, D) and back
+        norm = lambda y: F.layer_norm(y, y.shape[-1:], eps=EPS)
+        modulation = (rows + self.modulation[:, None]).unsqueeze(3)                                 # (B, G, 6, 1, D)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(2)                         # 6 x (B, G, 1, D)
+        y = flat(torch.addcmul(shift1, norm(x), 1 + scale1))
+        x = torch.addcmul(x, groups(self.self_attn(y, y, rotary).float()), gate1)
         y = F.layer_norm(x, x.shape[-1:], self.norm3.weight.float(), self.norm3.bias.float(), EPS)
-        x = x + self.cross_attn(y, text)
-        y = torch.addcmul(spread(shift2), F.layer_norm(x, x.shape[-1:], eps=EPS), spread(1 + scale2))
-        return torch.addcmul(x, self.ffn(y).float(), spread(gate2))
+        x = x + groups(self.cross_attn(flat(y), text))
+        y = torch.addcmul(shift2, norm(x), 1 + scale2)
+        return torch.addcmul(x, self.ffn(y).float(), gate2)
 
 
 class Head(nn.Module):
@@ -299,14 +297,21 @@ class VideoDiT(nn.Module):
         with torch.autocast(z.device.type, enabled=False):
             time = self.time_embedding(sinusoid(times, self.config["freq_dim"]).to(self.time_embedding[0].weight.dtype))
             rows = self.time_projection(time).unflatten(-1, (6, -1)).float()                        # (B, R, 6, D)
+        # Tokens in groups as large as can be that share a time: what the time says then broadcasts, and need not be
+        # written out for every token.
+        size = math.gcd(clean, z.shape[1])                                                          # g
+        z = z.unflatten(1, (-1, size))                                                              # (B, G, g, D)
+        if clean:
+            rows = torch.cat([rows[:, :1].expand(-1, clean // size, -1, -1),
+                              rows[:, 1:].expand(-1, z.shape[1] - clean // size, -1, -1)], 1)        # (B, G, 6, D)
 
         for block in self.blocks:
             if self.checkpointing and torch.is_grad_enabled():
-                z = checkpoint(block, z, text, rows, clean, rotary, use_reentrant=False)
+                z = checkpoint(block, z, text, rows, rotary, use_reentrant=False)
             else:
-                z = block(z, text, rows, clean, rotary)
+                z = block(z, text, rows, rotary)
 
-        v = self.head(z[:, clean:], time[:, -1:].float())                                           # (B, k h w, 4 C)
+        v = self.head(z.flatten(1, 2)[:, clean:], time[:, -1:].float())                                           # (B, k h w, 4 C)
         v = v.unflatten(1, (k, h, w)).unflatten(-1, (2, 2, -1))                                  # (B, k, h, w, 2, 2, C)
         return v.permute(0, 6, 1, 2, 4, 3, 5).reshape(B, -1, k, H, W)
 
@@ -353,6 +358,7 @@ def flow_loss(model, x0, text, image, phys, t, eps, weight=1.0):
 
 
 SOLVERS = ("ab2", "euler", "unipc")
+TOGETHER = 8192                                    # up to so many tokens both passes of guidance are made as one
 
 
 class UniPC:
@@ -397,7 +403,8 @@ class UniPC:
 
 @torch.no_grad()
 def sample(model, image, text, phys, noise, steps=20, shift=3.0, cfg=1.0, text_null=None, solver="ab2", progress=None):
-    """Integrate dx/dt = v from noise at t = 1 to a clip at t = 0, one network call a step, two with guidance.
+    """Integrate dx/dt = v from noise at t = 1 to a clip at t = 0, one network call a step, with guidance two (or one of
+    twice as many clips, where the clips are small: see TOGETHER).
 
     noise (B, C, k, H, W), drawn outside (common.randn); image, text, phys as in VideoDiT.forward -> x0 (B, C, k, H, W).
     cfg: 1 is off; else v = v_null + cfg (v_text - v_null), where null has the text `text_null` and all else the same.
@@ -412,13 +419,22 @@ def sample(model, image, text, phys, noise, steps=20, shift=3.0, cfg=1.0, text_n
     end = 1e-3 if solver == "unipc" else 0         # Wan's grid leaves its last and largest step for the end
     times = shift_time(torch.linspace(1, end, steps + 1, dtype=torch.float64), shift).tolist()
     x, unipc = noise, UniPC([*times[:-1], 0.0])
+
+    def guided(t):
+        if cfg == 1:
+            return model(x, t, text, image, phys)
+        if x[:, 0].numel() // 4 > TOGETHER:        # each fills the machine by itself
+            v, null = (model(x, t, said, image, phys) for said in (text, text_null))
+        else:
+            longest = max(text.shape[1], text_null.shape[1])
+            said = torch.cat([F.pad(y, (0, 0) * (y.dim() - 2) + (0, longest - y.shape[1])) for y in (text, text_null)])
+            twice = lambda y: None if y is None else torch.cat([y, y])
+            v, null = model(twice(x), twice(t), said, twice(image), twice(phys)).chunk(2)
+        return null + cfg * (v - null)
     for i in range(steps):
         # Wan's scheduler hands its model whole thousandths
         t = x.new_full((len(x),), times[i] if solver != "unipc" else int(1000 * unipc.times[i]) / 1000)
-        v = model(x, t, text, image, phys)
-        if cfg != 1:
-            null = model(x, t, text_null, image, phys)
-            v = null + cfg * (v - null)
+        v = guided(t)
         if solver == "unipc":
             x = unipc.step(i, x, v)
         else:                                      # one call in, there is nothing to extrapolate from

@@ -30,6 +30,7 @@ from common import InputError
 
 # chosen on the val split, data/RESULTS_drop.md
 DEFAULT_STAGE, DEFAULT_TEMPERATURE = 3, 0.45
+PUBLISHED = {"wan5b": "Wan2.2-TI2V-5B", "wan1.3b": "Wan2.1-T2V-1.3B"}
 SMALL = 128                                        # pixels a side; larger clips are made one by one, decoded in parts
 UMT5 = "models_t5_umt5-xxl-enc-bf16.pth"           # in Wan's own folders, with its tokenizer in google/umt5-xxl/
 TEXT_ENCODER = ("text_encoder", "tokenizer", UMT5, "google")                         # diffusers' and Wan's own
@@ -196,9 +197,9 @@ def generate(models, image, captions, keys, frames=25, steps=12, shift=3.0, cfg=
     device = image.device
     with common.autocast(device):
         first = models.vae.encode(image[:, :, None])                                                # (B, C, 1, h, w)
-        grid = [n // 2 for n in first.shape[3:]]
-        look = image if photo is None else photo
-        phys = models.encoder(look, grid, (frames - 1) // 4, truth) if models.encoder is not None else None
+        look, phys = image if photo is None else photo, None
+        if models.encoder is not None:
+            phys = models.encoder(look, models.encoder.head.grid(first), (frames - 1) // 4, truth)
         text = (captions if torch.is_tensor(captions) else models.read(captions)).to(device)
         x0 = generate_latent(models, first, text, phys, keys, frames, steps, shift, cfg, solver, progress,
                              temperature, null)
@@ -216,7 +217,7 @@ class Config:
     seed: int = 0                   # same seed, same bytes
     n: int = 1                      # how many seeds, shown as one grid
     height: int = 64                # pixels; the nano model was trained on 64 x 64
-    width: int = 64                 # both multiples of 16 (wan5b: 32)
+    width: int = 64                 # both multiples of 16 (wan5b: of 32)
     frames: int = 25                # 1 + 4k; the nano model was trained on 25
     fps: int = 16                   # of the file that is written
     steps: int = 12                 # sampler steps
@@ -226,10 +227,10 @@ class Config:
     solver: str = "ab2"             # ab2 (second order), euler, or unipc (Wan's own)
     stage: int = 0                  # 1 SFT, 2 + DPO on the DiT, 3 + DPO on the PhysEncoder; 0: 3, or 1 with --ckpt
     data: str = "data"              # folder with the weights
-    model: str = "nano"             # nano, or wan5b (better: --preset=wan5b, which sets sizes and steps as well)
-    weights: str = ""               # wan5b: the folder of the published files
-    text_emb: str = ""              # wan5b: the prompt's embeddings, a file of data/embed_text.py, in place of --prompt
-    negative: str = ""              # wan5b: what shall not be seen
+    model: str = "nano"             # nano, wan5b or wan1.3b (better: --preset=wan5b, which sets sizes and steps, too)
+    weights: str = ""               # Wan: the folder of the published files
+    text_emb: str = ""              # Wan: the prompt's embeddings, a file of data/embed_text.py, in place of --prompt
+    negative: str = ""              # Wan: what shall not be seen
     chunk: int = 0                  # latent frames that the VAE decodes at a time; 0 is all at once
     ckpt: str = ""                  # another DiT file
     head: str = ""                  # another physical head
@@ -241,6 +242,8 @@ PRESETS = {"nano": {},
            "small": dict(data="out/small", height=128, width=128, frames=33, cfg=1.0, temperature=1.0, scale=3),
            "wan5b": dict(model="wan5b", height=704, width=1280, frames=121, fps=24, steps=50, cfg=5.0, shift=5.0,
                          solver="unipc", temperature=1.0, stage=1, chunk=2, scale=1)}
+# made for text alone: it follows an image once sft.py has tuned it, --data=out/wan1.3b
+PRESETS["wan1.3b"] = PRESETS["wan5b"] | dict(model="wan1.3b", height=480, width=832, frames=81, fps=16, shift=8.0)
 
 
 def main():
@@ -255,15 +258,17 @@ def main():
     from model import BYTES, SOLVERS
     if cfg.solver not in SOLVERS:
         raise InputError(f"--solver={cfg.solver}: expected one of {', '.join(SOLVERS)}")
-    if cfg.model not in PRESETS:
-        raise InputError(f"--model={cfg.model}: expected one of {', '.join(PRESETS)}")
+    if cfg.model not in ("nano", *PUBLISHED):
+        raise InputError(f"--model={cfg.model}: expected one of nano, {', '.join(PUBLISHED)}")
     features = bool(cfg.weights)                   # of an outside text encoder; else the DiT reads bytes
     if not features and os.path.exists(path := cfg.ckpt or f"{cfg.data}/dit.safetensors"):
         with common.open_weights(path) as (_, config):
             features = config.get("text") == "features"
     if cfg.model != "nano" and not features:
-        raise InputError(f"{cfg.model} needs --weights=FOLDER, with the published files of Wan2.2-TI2V-5B, or "
+        raise InputError(f"{cfg.model} needs --weights=FOLDER, with the published files of {PUBLISHED[cfg.model]}, or "
                          "--data=FOLDER, a run of sft.py on them")
+    if cfg.weights and cfg.model not in PUBLISHED:
+        raise InputError(f"--weights={cfg.weights}: published files go with --preset={' or --preset='.join(PUBLISHED)}")
     out = cfg.out or f"out/{os.path.splitext(os.path.basename(cfg.image))[0]}.mp4"
     if os.path.splitext(out)[1].lower() not in common.VIDEO_EXTENSIONS:
         raise InputError(f"--out={out}: expected a name that ends in {', '.join(common.VIDEO_EXTENSIONS)}")

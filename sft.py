@@ -199,8 +199,9 @@ class StageOne(nn.Module):
         self.run = None                            # the DiT as CUDA graphs
 
     def forward(self, latent, photo, text, t, eps, truth=None):
-        grid, frames = [n // 2 for n in latent.shape[3:]], latent.shape[2] - 1
-        phys = self.encoder(photo, grid, frames, truth) if self.encoder is not None else None
+        phys = None
+        if self.encoder is not None:
+            phys = self.encoder(photo, self.encoder.head.grid(latent), latent.shape[2] - 1, truth)
         x0 = latent[:, :, 1:]
         moves = (x0 - x0.mean(2, keepdim=True)).square().mean(1, keepdim=True).clamp_max(1)         # (B, 1, k, h, w)
         weight = self.visible * (1 + self.moving * moves)

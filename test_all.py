@@ -1353,11 +1353,65 @@ def test_order_of_the_solvers():
 
 def test_guidance():
     """Guidance changes the text alone, and needs to know what no text is."""
-    f = lambda x, t, text, *a: x * 0 + text
-    go = lambda **k: M.sample(f, None, 2.0, None, torch.zeros(1, 1, 1, 1, 1), steps=3, **k).item()
-    assert abs(go() + 2) < 1e-6 and abs(go(cfg=3.0, text_null=1.0) + 4) < 1e-6
+    f = lambda x, t, text, *a: x * 0 + text.view(-1, 1, 1, 1, 1)
+    two, one = torch.tensor([[2.0]]), torch.tensor([[1.0]])
+    go = lambda **k: M.sample(f, None, two, None, torch.zeros(1, 1, 1, 1, 1), steps=3, **k).item()
+    assert abs(go() + 2) < 1e-6 and abs(go(cfg=3.0, text_null=one) + 4) < 1e-6
     with pytest.raises(InputError):
         go(cfg=3.0)
+
+
+def test_guidance_in_one_pass_or_two(monkeypatch):
+    """Both passes of guidance as one of twice as many clips give what they give apart, whatever the text's length."""
+    torch.manual_seed(0)
+    config = M.CONFIGS["tiny"] | dict(text="features", text_dim=24, text_len=8)
+    model = randomise(M.VideoDiT(config)).eval()
+    image, noise = torch.randn(2, config["in_dim"], 1, 4, 4), torch.randn(2, config["in_dim"], 2, 4, 4)
+    phys, (text, null) = torch.randn(2, 4, config["dim"]), (torch.randn(2, n, 24) for n in (5, 3))
+    calls = []
+    model.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
+    sampled = {}
+    for most in (0, 24):                           # 2 clips of 2 x 4 x 4 latents are 16 tokens
+        monkeypatch.setattr(M, "TOGETHER", most)
+        sampled[most] = M.sample(model, image, text, phys, noise, steps=3, cfg=4.0, text_null=null)
+    assert calls == 6 * [2] + 3 * [4]
+    assert (sampled[0] - sampled[24]).abs().max() < 1e-5 * sampled[0].abs().max()
+    assert (sampled[0] - M.sample(model, image, text, phys, noise, steps=3)).abs().max() > 1e-2
+
+
+def test_physical_tokens_are_at_most_400():
+    """Published sizes have thousands of patches in a frame: there a token stands for several, and the DiT finds the
+    grid again. What is foretold needs every place."""
+    encoder = E.PhysEncoder(E.CONFIGS["nano"] | {"out_dim": 8})
+    for (H, W), grid in {(8, 8): (4, 4), (60, 104): (15, 26), (44, 80): (11, 20), (64, 64): (16, 16)}.items():
+        latent = torch.empty(1, 16, 1, H, W)
+        assert encoder.head.grid(latent) == grid == M.physical_grid(grid[0] * grid[1], H // 2, W // 2)
+    encoder.head.foretell = True
+    assert encoder.head.grid(torch.empty(1, 16, 1, 60, 104)) == (30, 52)
+    # all who use the encoder ask it
+    seen, head = [], encoder.head
+    head.foretell = False
+    latent, photo = torch.randn(1, 4, 2, 60, 104), torch.rand(1, 3, 64, 64)
+    dit = lambda x, t, text, image, phys: seen.append(phys.shape[1]) or torch.zeros_like(x)
+    args = torch.full((1,), 0.5), latent[:, :, 1:]
+    sft.StageOne(dit, encoder)(latent, photo, None, *args)
+    features = encoder.features(photo)
+    dpo.Policy(dit, head)(features, latent[:, :, :1], [latent[:, :, 1:]], torch.zeros(1, 128), *args)
+    assert seen == [390, 390]
+
+
+def test_out_of_memory_is_one_line(capsys):
+    def fails(error):
+        def main():
+            raise error
+        with pytest.raises(SystemExit) as end:
+            common.run(main)
+        return end.value.code, capsys.readouterr().err
+    code, line = fails(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nand more"))
+    assert code == 2 and line.count("\n") == 1 and "Tried to allocate 2 GiB" in line and "--checkpointing" in line
+    assert fails(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"))[0] == 2
+    with pytest.raises(RuntimeError, match="shapes"):                                # anything else is ours to mend
+        fails(RuntimeError("shapes do not match"))
 
 
 def test_training_scenes_are_crowded():
