@@ -3,7 +3,7 @@ Speed, ours beside a peer's in the same run: medians of several repetitions, the
 the same thing.
 
     python bench.py                       # everything that runs here
-    python bench.py --only=dit --repeat=9
+    python bench.py --only=dit --repeat=9 # and dit_compiled: the same under torch.compile
     python bench.py --only=memory         # of training the published sizes, counted without owning that much
     python bench.py --only=peers          # the world beside PyBullet with TinyRenderer, and MuJoCo
     python bench.py --only=pybullet       # the simulator's outcomes beside PyBullet's, no times; five minutes
@@ -54,22 +54,26 @@ class Config:
     device: str = "auto"            # auto, cuda, mps or cpu
 
 
+def once(f, device):
+    """-> wall time of f() in seconds, and what it returns."""
+    begin = time.perf_counter()
+    value = f()
+    torch.cuda.synchronize() if device.type == "cuda" else None
+    return time.perf_counter() - begin, value
+
+
 def median(f, repeat, device):
     """Median wall time of f() in seconds after one warm-up call, and the value that f returned last."""
-    def once():
-        begin = time.perf_counter()
-        value = f()
-        torch.cuda.synchronize() if device.type == "cuda" else None
-        return time.perf_counter() - begin, value
-    once()
-    results = [once() for _ in range(repeat)]
+    once(f, device)
+    results = [once(f, device) for _ in range(repeat)]
     return statistics.median(t for t, _ in results), results[-1][1]
 
 
 def versus(name, ours, peer, cfg, device, tolerance=1e-4):
     """Print ours and the peer's time, the ratio, and the largest difference of what they return."""
-    a, x = median(ours, cfg.repeat, device)
-    b, y = median(peer, cfg.repeat, device)
+    once(ours, device), once(peer, device)         # then in turn, for the machine may be busy for a while
+    times = [[once(f, device) for f in (ours, peer)] for _ in range(cfg.repeat)]
+    (a, x), (b, y) = ((statistics.median(t for t, _ in runs), runs[-1][1]) for runs in zip(*times))
     difference = (x - y).abs().max().item()
     assert difference <= tolerance, f"{name}: results differ by {difference}"
     print(f"{name}: ours {a * 1e3:.1f} ms, peer {b * 1e3:.1f} ms, {b / a:.2f}x as fast, "
@@ -511,27 +515,66 @@ def vae(cfg, device):
     print(f"nano VAE, 25 frames of 64 px: encode {8 / t:.1f}, decode {8 / u:.1f} clips/s")
 
 
-def dit(cfg, device):
-    with contextlib.suppress(ImportError):
-        from diffusers import WanTransformer3DModel
+def beside_diffusers(cfg, device, compiled=False):
+    """The same DiT of nano's width with the same weights, ours and diffusers': a training step, and sampling from an
+    image with guidance and UniPC, as the TI2V pipeline does it."""
+    from diffusers import UniPCMultistepScheduler, WanTransformer3DModel
+    B, config = cfg.batch, dict(in_dim=16, out_dim=16, dim=256, ffn_dim=1024, num_heads=4, num_layers=6, freq_dim=256,
+                                text="features", text_dim=128, text_len=32, phys=False)
+    scheduler = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
+    for dtype in dict.fromkeys((torch.float32, common.precision(device))):           # as published weights are loaded
         peer = WanTransformer3DModel(patch_size=(1, 2, 2), num_attention_heads=4, attention_head_dim=64, in_channels=16,
                                      out_channels=16, text_dim=128, freq_dim=256, ffn_dim=1024, num_layers=6,
-                                     cross_attn_norm=True, qk_norm="rms_norm_across_heads").to(device)
-        ours = M.VideoDiT(dict(in_dim=16, out_dim=16, dim=256, ffn_dim=1024, num_heads=4, num_layers=6, freq_dim=256,
-                               text="features", text_dim=128, text_len=32, phys=False)).to(device)
+                                     cross_attn_norm=True, qk_norm="rms_norm_across_heads")
         common.save_weights("out/bench_dit.safetensors", peer, {})
-        common.load_weights(ours, "out/bench_dit.safetensors")
-        x, t = torch.randn(cfg.batch, 16, 7, 8, 8, device=device), torch.rand(cfg.batch, device=device)
-        text = torch.randn(cfg.batch, 32, 128, device=device)
+        with torch.device("meta"):
+            ours = M.VideoDiT(config)
+        common.load_weights(ours, "out/bench_dit.safetensors", dtype, device)
+        peer.to(device, dtype)
+        for model in (ours, peer) if compiled else ():
+            model.compile()
+        draw = lambda *shape: torch.randn(*shape, device=device)
+        x, image, t, text, null = draw(B, 16, 7, 8, 8), draw(B, 16, 1, 8, 8), torch.rand(B, device=device), *(
+            draw(B, 32, 128) for _ in range(2))
+        how = f"{'fp32' if dtype == torch.float32 else 'bf16'}, {'compiled' if compiled else 'eager'}, batch {B}"
+        mine = lambda *inputs: ours(*inputs)
+        theirs = lambda x, t, text: peer(x.to(dtype), t, text.to(dtype)).sample.float()
 
-        def train(model, *inputs):
+        def train(model, call, *inputs):
             model.zero_grad(set_to_none=True)
-            out = model(*inputs)
-            out = out if torch.is_tensor(out) else out.sample
+            with torch.autocast(device.type, dtype, enabled=model is ours and dtype != torch.float32):
+                out = call(*inputs)
             out.square().mean().backward()
             return out.detach()
-        versus(f"DiT, nano width, batch {cfg.batch}, forward + backward, fp32", lambda: train(ours, x, t, text),
-               lambda: train(peer, x, t * 1000, text), cfg, device)
+        tolerance = 1e-4 if dtype == torch.float32 else 0.1
+        versus(f"DiT, forward + backward, {how}", lambda: train(ours, mine, x, t, text),
+               lambda: train(peer, theirs, x, t * 1000, text), cfg, device, tolerance)
+
+        def sampled():
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                return M.sample(ours, image, text, None, x[:, :, 1:], 8, 3.0, 5.0, null, "unipc")
+
+        @torch.no_grad()
+        def piped():                               # frame 0 is clean, and so every token has a time of its own
+            scheduler.set_timesteps(8, device=device)
+            z, clean = x.clone(), torch.ones(7, 4, 4, device=device)
+            clean[0] = 0
+            for t in scheduler.timesteps:
+                z[:, :, :1] = image
+                times = (clean.flatten() * t).expand(B, -1)
+                v, w = (theirs(z, times, said) for said in (text, null))
+                z = scheduler.step(w + 5 * (v - w), t, z, return_dict=False)[0]
+            return z[:, :, 1:]
+        versus(f"sampling, 8 steps with guidance, {how}", sampled, piped, cfg, device, 1e-3 if dtype == torch.float32 else 1)
+
+
+def compiled_dit(cfg, device):
+    beside_diffusers(cfg, device, compiled=True)
+
+
+def dit(cfg, device):
+    with contextlib.suppress(ImportError):
+        beside_diffusers(cfg, device)
     q, k, v = (torch.randn(B, 4, 128, 64, device=device, requires_grad=True) for B in [cfg.batch] * 3)
     v16 = v.detach().bfloat16().requires_grad_()
 
@@ -740,8 +783,8 @@ def main():
     cfg = common.parse_config(Config, sys.argv[1:])
     common.check_range(cfg, repeat=(1, 1000), batch=(1, 4096))
     parts = {"world": world, "peers": peers, "pybullet": pybullet, "compiled": compiled,
-             "profile": profile, "solvers": solvers, "vae": vae, "dit": dit, "sample": sampling, "memory": memory,
-             "wan": wan}
+             "profile": profile, "solvers": solvers, "vae": vae, "dit": dit, "dit_compiled": compiled_dit, "sample": sampling,
+             "memory": memory, "wan": wan}
     if cfg.only not in ("all", *parts):
         raise common.InputError(f"--only={cfg.only}: expected all, {', '.join(parts)}")
     device, _, _ = common.setup(cfg.device)
