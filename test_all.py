@@ -2448,6 +2448,11 @@ def test_bad_input_is_refused(tmp_path):
                        ("--data=folder", "does not exist"), ("--device=quantum", "cuda")):
         refused("sample.py", "ok.png", *([] if flag.startswith("--data") else [data]), flag, cwd=tmp_path, says=says)
     refused("sample.py", cwd=tmp_path, says="which image")
+    for flags, says in ((["--preset=wan1.3b"], "published files of Wan2.1-T2V-1.3B"), (["--model=wan9b"], "wan1.3b"),
+                        (["--weights=folder"], "go with --preset=wan5b or --preset=wan1.3b"),
+                        (["--preset=wan5b", "--weights=folder", "--height=700"], "--height=704"),
+                        (["--preset=wan1.3b", "--weights=folder", "--height=481"], "nearest are --height=480")):
+        refused("sample.py", "ok.png", data, *flags, cwd=tmp_path, says=says)
     alone = subprocess.run([sys.executable, f"{HERE}/sample.py", "none.png"], cwd=tmp_path, capture_output=True,
                            text=True)              # in a process of its own it is the same
     assert alone.returncode == 2 and alone.stderr.startswith("error: none.png does not exist;")
