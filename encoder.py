@@ -12,9 +12,10 @@ val.png: pictures of validation scenes with true and foretold paths, depth and n
 somebody's pipeline:
 
     small = CONFIGS["depth_anything_v2_vits"]
-    encoder = load_phys_encoder("depth_anything_v2_vits.pth", config=small | {"out_dim": 768})
     encoder = load_phys_encoder("data/backbone.safetensors", config={"out_dim": 768})      # nano; the head is random
-    tokens = encoder(image, grid=(8, 8))  # (B, 3, H, W) in [-1, 1] -> (B, 64, 768)
+    encoder = load_phys_encoder("depth_anything_v2_vits.pth", config=small | {"out_dim": 768})        # random as well
+    encoder.start_head("depth_anything_v2_vits.pth")                   # or from that file's own head, but for its end
+    tokens = encoder(image, grid=(8, 8))  # (B, 3, H, W) in [-1, 1] of any size -> (B, 64, 768)
 
 Networks and parameter names: DINOv2 (arXiv 2304.07193), registers (2309.16588), Depth Anything V2 (2406.09414).
 """
@@ -36,8 +37,9 @@ from tqdm import tqdm
 import common
 from common import InputError
 
-# image_size: the grid of pos_embed in pixels. input_size: what PhysEncoder resizes the image's shorter side to; any
-# multiple of the patch will do. layers: the blocks that the DPT reads. features, out_channels: widths of the DPT.
+# image_size: the grid of pos_embed in pixels, which is resized for others. input_size: what PhysEncoder resizes the
+# image's shorter side to; any multiple of the patch will do. registers: how many extra tokens there are, without a
+# place in the picture. layers: the blocks that the DPT reads. features, out_channels: widths of the DPT.
 CONFIGS = {
     "nano": dict(image_size=112, input_size=112, patch_size=14, dim=192, depth=6, heads=3, registers=0,
                  layers=[1, 2, 4, 5], features=32, out_channels=[24, 48, 96, 96]),
@@ -48,9 +50,9 @@ CONFIGS = {
     "dinov2_vitl14": dict(image_size=518, input_size=518, patch_size=14, dim=1024, depth=24, heads=16, registers=0,
                           layers=[4, 11, 17, 23], features=256, out_channels=[256, 512, 1024, 1024]),
 }
-FUTURE = 24                                        # frames at 16 fps whose positions are foretold, 1.5 s
-CONFIGS |= {f"{name}_reg4": config | {"registers": 4} for name, config in CONFIGS.items()}
+CONFIGS |= {f"dinov2_vit{s}14_reg4": CONFIGS[f"dinov2_vit{s}14"] | {"registers": 4} for s in "sbl"}
 CONFIGS |= {f"depth_anything_v2_vit{s}": CONFIGS[f"dinov2_vit{s}14"] for s in "sbl"}
+FUTURE = 24                                        # frames at 16 fps whose positions are foretold, 1.5 s
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -96,8 +98,8 @@ class DINOv2(nn.Module):
     """The ViT of DINOv2, with the parameter names of facebookresearch/dinov2.
 
     forward(image (B, 3, H, W) in [-1, 1]) -> (features, cls): for each block of config["layers"] its patch tokens after
-    the final norm (B, H/14 * W/14, D), as in get_intermediate_layers, and the class token of the last block (B, D).
-    Raises InputError unless H and W are multiples of the patch size."""
+    the final norm (B, H/14 * W/14, D), row by row and without registers, as in get_intermediate_layers, and the class
+    token of the last block (B, D). Raises InputError unless H and W are multiples of the patch size."""
     RENAMES = [                                                                        # transformers -> official
         (r"embeddings\.patch_embeddings\.projection", "patch_embed.proj"),
         (r"embeddings\.position_embeddings", "pos_embed"),
@@ -446,8 +448,10 @@ class PhysEncoder(nn.Module):
     foretell=True there is a frozen `readout`, too, and tokens for the frames to come.
 
     forward(image (B, 3, H, W) in [-1, 1] of any size, grid=(gh, gw), frames=0) -> (B, gh * gw, out_dim), row by row,
-    and if it foretells (B, (1 + frames) * gh * gw, out_dim), for so many latent frames of 1/4 s. With `truth`, what the
-    function of that name returns, the readout is put right first: Stage I trains so.
+    and if it foretells (B, (1 + frames) * gh * gw, out_dim), for so many latent frames of 1/4 s. The image is resized
+    (config's input_size), and `grid` need not be that of its patches: it is how the DiT's own patches cover a frame,
+    or a coarser one. With `truth`, what the function of that name returns, the readout is put right first: Stage I
+    trains so.
     `features` and `head` can be called apart, for instance to run one backbone pass for a policy and its reference."""
     def __init__(self, config):
         super().__init__()
@@ -455,6 +459,26 @@ class PhysEncoder(nn.Module):
         self.backbone = DINOv2(config).eval().requires_grad_(False)
         self.readout = Readout(config["dim"]).requires_grad_(False) if config.get("foretell") else None
         self.head = PhysicalHead(config)
+
+    def start_head(self, path):
+        """Let the head's trunk start from Depth Anything's: a Depth Anything V2 file or folder, official or
+        transformers', as wide as the config says, or a depth_head.safetensors of ours. What makes tokens of the trunk's
+        map stays random; the convolutions that made depth of it are left out. Raises InputError if the file misfits."""
+        trunk = {k: v for k, v in self.head.state_dict().items() if re.match("(projects|resize_layers|scratch)[.]", k)}
+        with common.open_weights(path) as (found, _):
+            named = {}
+            for key in found:
+                name = key
+                for pattern, replacement in DepthAnything.RENAMES:
+                    name = re.sub(pattern, replacement, name)
+                named[name.removeprefix("depth_head.")] = found[key]                   # (shape, read)
+            wrong = [f"missing {k}" for k in trunk if k not in named] + [
+                f"{k} is {tuple(named[k][0])}, expected {tuple(v.shape)}"
+                for k, v in trunk.items() if k in named and named[k][0] != v.shape]
+            if wrong:
+                raise InputError(f"{path} holds no DPT trunk that fits this backbone's head: {'; '.join(wrong[:3])}; "
+                                 "expected Depth Anything V2 of the backbone's size")
+            self.head.load_state_dict({k: named[k][1]() for k in trunk}, strict=False)  # the rest is not even read
 
     def train(self, mode=True):
         super().train(mode)
@@ -488,7 +512,7 @@ class PhysEncoder(nn.Module):
 
 
 def load_phys_encoder(backbone_path, head_path=None, config=None):
-    """-> PhysEncoder on the CPU. Without head_path the head is random.
+    """-> PhysEncoder on the CPU. Without head_path the head is random (see start_head for the other way to begin).
 
     The configuration is the one in the files' metadata, updated with `config`: {"out_dim": 768} is enough for files of
     ours, published ones need CONFIGS[name] | {"out_dim": 768}. Raises InputError if that is incomplete or misfits."""

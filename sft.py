@@ -52,8 +52,9 @@ class Config:
     fps: int = 16                   # of the clips
     text_emb: str = ""              # captions' embeddings for a Wan DiT (data/embed_text.py); empty: made with umT5
     model: str = "nano"             # the DiT, a name in model.CONFIGS
-    init_from: str = ""             # a dit.safetensors to start from (with its head1 beside it, if any)
+    init_from: str = ""             # a dit.safetensors to start from (and from its head1 beside it, unless --head_from)
     phys: bool = True               # with the PhysEncoder; False trains the plain DiT
+    head_from: str = ""             # a Depth Anything V2 file: the head starts from its DPT trunk; empty: fresh
     foretell: bool = True           # physical tokens for the frames to come, too (needs readout.safetensors)
     forced: bool = True             # those say the truth in training, where it is known; else what the readout says
     steps: int = 3200               # optimizer steps; 0 only makes the pool
@@ -235,6 +236,8 @@ def main():
     if cfg.phys and cfg.foretell and cfg.fps != 16:
         raise common.InputError(f"--fps={cfg.fps}: what is foretold is at 16 fps; expected --fps=16 or "
                                 "--foretell=False")
+    if cfg.head_from and not cfg.phys:
+        raise common.InputError("--head_from starts the physical head, and --phys=False has none; expected one of them")
     if cfg.fsdp and (world == 1 or cfg.eval_clips % (8 * world)):
         raise common.InputError(f"--fsdp=True shards over the ranks of torchrun, here {world}; expected 2 or more, and "
                                 f"--eval_clips a multiple of {8 * world}, 8 a rank, so that all sample alike")
@@ -256,13 +259,15 @@ def main():
                 raise common.InputError(f"--init_from={cfg.init_from} is not a DiT of ours; expected a dit.safetensors")
     common.seed_everything(cfg.seed)
     dit, encoder = M.VideoDiT(config), None
-    if cfg.phys:                                   # the head starts fresh; the backbone has seen depth and stays as is
+    if cfg.phys:                                   # the head starts fresh, as in the paper; the backbone stays as is
         encoder = load_phys_encoder(f"{cfg.data}/backbone.safetensors", config={
             "out_dim": config["dim"], "foretell": cfg.foretell})
+        if cfg.head_from:
+            encoder.start_head(cfg.head_from)
     if cfg.init_from:
         common.load_weights(dit, cfg.init_from)
         head = os.path.join(os.path.dirname(cfg.init_from), "head1.safetensors")
-        if cfg.phys and os.path.exists(head):
+        if cfg.phys and os.path.exists(head) and not cfg.head_from:
             common.load_weights(encoder.head, head)
         if cfg.phys and not config["phys"]:        # a plain model learns to listen to the encoder
             M.add_phys(dit)

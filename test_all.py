@@ -796,16 +796,59 @@ def test_depth_anything_parity(tmp_path):
     for m in [*ref.neck.modules(), *ref.head.modules()]:
         if hasattr(m, "kernel_size"):              # its own init leaves a signal of 4e-4: any bound would be met
             torch.nn.init.kaiming_normal_(m.weight)
-    with torch.no_grad():
-        ref.head.conv3.weight.mul_(0.1), ref.head.conv3.bias.fill_(1.0)
+    with torch.no_grad():                          # as large as numbers are, and clear of the last ReLU
+        ref.head.conv3.weight.mul_(0.02), ref.head.conv3.bias.fill_(2.0)
     ref.save_pretrained(tmp_path)
     net = E.DepthAnything(TINY_VIT).eval()
     common.load_weights(net, tmp_path)
-    net, ref, image = net.double(), ref.double(), torch.rand(1, 3, 518, 518, dtype=torch.float64) * 2 - 1
+    image = torch.rand(1, 3, 518, 518) * 2 - 1
+    encoder = E.PhysEncoder(TINY_VIT | {"out_dim": 8})
+    encoder.start_head(tmp_path)                   # finds the trunk in such a folder, too
     with torch.no_grad():
         want = ref(imagenet(image)).predicted_depth
-        assert want.std() > 0.1
-        assert (net(image) - want).abs().max() <= 1e-8
+        assert want.min() > 0 and want.std() > 0.1
+        assert (net(image) - want).abs().max() <= 1e-5
+        features, grid = net.pretrained(image)[0], (37, 37)
+        assert torch.equal(encoder.head.trunk(features, grid), net.depth_head.trunk(features, grid))
+
+
+def test_head_starts_from_a_depth_trunk(tmp_path):
+    """Of Depth Anything's official file and of our own; what makes tokens stays random, and other files are refused."""
+    torch.manual_seed(0)
+    depth, made = randomise(E.DepthAnything(TINY_VIT)), {}
+    torch.save(depth.state_dict(), tmp_path / "official.pth")
+    common.save_weights(tmp_path / "ours.safetensors", depth.depth_head, {})
+    common.save_weights(tmp_path / "dino.safetensors", depth.pretrained, {})
+    for name in ("official.pth", "ours.safetensors"):
+        encoder = E.PhysEncoder(TINY_VIT | {"out_dim": 8, "foretell": True})
+        before = {k: v.clone() for k, v in encoder.head.state_dict().items()}
+        encoder.start_head(tmp_path / name)
+        for k, v in encoder.head.state_dict().items():
+            trunk = k.startswith(("projects.", "resize_layers.", "scratch."))
+            assert torch.equal(v, depth.depth_head.state_dict()[k] if trunk else before[k]), k
+            made[k] = trunk
+    assert sum(made.values()) == len(depth.depth_head.state_dict()) - 6 and not all(made.values())
+    with pytest.raises(InputError, match="dino.safetensors holds no DPT trunk.*: missing projects.0"):
+        encoder.start_head(tmp_path / "dino.safetensors")
+    with pytest.raises(InputError, match=r"projects.0.weight is \(8, 48, 1, 1\), expected \(24, 192, 1, 1\)"):
+        E.PhysEncoder(E.CONFIGS["nano"] | {"out_dim": 8}).start_head(tmp_path / "official.pth")
+
+
+def test_stage_one_starts_from_a_depth_trunk(tmp_path):
+    """--head_from, even where a trained head lies beside --init_from: a step of rate zero leaves the head as begun."""
+    torch.manual_seed(0)
+    depth = randomise(E.DepthHead(E.CONFIGS["nano"]))
+    common.save_weights(tmp_path / "depth.safetensors", depth, {})
+    tiny = [*TINY_SFT, "--head_from=depth.safetensors", "--scenarios=drop", "--clips=2", "--batch=2", "--eval_clips=1",
+            "--steps=1", "--lr=0", "--adam_lr=0", f"--init_from={HERE}/data/dit.safetensors"]
+    run("sft.py", *tiny, cwd=tmp_path)
+    head = read_all(tmp_path / "out/sft/head1.safetensors")
+    for k, v in depth.state_dict().items():
+        assert "output_conv" in k or torch.equal(head[k], v.bfloat16()), k
+    refused("sft.py", *tiny, "--phys=False", cwd=tmp_path, says="--phys=False has none")
+    other = f"--head_from={HERE}/data/backbone.safetensors"
+    refused("sft.py", *tiny, other, cwd=tmp_path, says="no DPT trunk.*missing projects.0")
+    refused("sft.py", *tiny, "--head_from=none.pth", cwd=tmp_path, says="none.pth does not exist")
 
 
 @pytest.fixture(scope="module")
