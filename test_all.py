@@ -786,6 +786,29 @@ def test_dinov2_parity(registers, size, tmp_path):
         assert (cls - out.pooler_output).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize("h,w", [(8, 8), (5, 11), (37, 45), (40, 40)])
+def test_dinov2_positions_at_any_size(h, w):
+    """Without registers they are resized as the first release does, whose weights expect it, written out by hand: Keys'
+    cubic through four neighbours, at a scale of (n + 0.1) / 37 (transformers leaves the 0.1 out)."""
+    def weights(n, M=37):
+        x = (torch.arange(n).double() + 0.5) * M / (n + 0.1) - 0.5                   # where in the old grid each one is
+        taps = x.floor()[:, None] + torch.arange(-1, 3)                              # (n, 4)
+        d = (x[:, None] - taps).abs()
+        cubic = torch.where(d < 1, 1.25 * d**3 - 2.25 * d**2 + 1, -0.75 * (d**3 - 5 * d**2 + 8 * d - 4))
+        return torch.zeros(n, M).double().scatter_add(1, taps.long().clamp(0, M - 1), cubic)
+
+    torch.manual_seed(0)
+    net, seen = randomise(E.DINOv2(TINY_VIT)), []
+    for nothing in (net.patch_embed.proj.weight, net.patch_embed.proj.bias, net.cls_token):
+        torch.nn.init.zeros_(nothing)                                                # so that positions alone go in
+    net.blocks[0].register_forward_pre_hook(lambda block, args: seen.append(args[0]))
+    with torch.no_grad():
+        net(torch.zeros(1, 3, 14 * h, 14 * w))
+        grid = net.pos_embed[0, 1:].double().unflatten(0, (37, 37))
+        want = torch.einsum("ia,jb,abd->ijd", weights(h), weights(w), grid).flatten(0, 1)
+    assert (seen[0][0, 1:] - want).abs().max() <= 1e-5 and torch.equal(seen[0][:, 0], net.pos_embed[:, 0])
+
+
 def test_depth_anything_parity(tmp_path):
     hub = pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -1091,6 +1114,22 @@ def test_dit_layout(name, extra, md5, parameters):
     with torch.device("meta"):
         dit = M.VideoDiT(M.CONFIGS[name] | extra)
     assert layout(dit) == md5 and parameters in (None, sum(p.numel() for p in dit.parameters()))
+
+
+def test_dit_layout_of_wan21_i2v_14b():
+    """Ours is all of Wan2.1-I2V-14B but its attention to CLIP's view of the image, which VideoDiT does not have: with
+    those names and shapes added here, the layout is the published one. So such a file is refused, not loaded."""
+    with torch.device("meta"):
+        dit = M.VideoDiT(M.CONFIGS["wan14b"] | {"in_dim": 36})
+        for block in dit.blocks:
+            block.cross_attn.k_img, block.cross_attn.v_img = torch.nn.Linear(5120, 5120), torch.nn.Linear(5120, 5120)
+            block.cross_attn.norm_k_img = torch.nn.RMSNorm(5120)
+        dit.img_emb = torch.nn.Module()
+        dit.img_emb.proj = torch.nn.Sequential(
+            torch.nn.LayerNorm(1280), torch.nn.Linear(1280, 1280), torch.nn.GELU(), torch.nn.Linear(1280, 5120),
+            torch.nn.LayerNorm(5120))
+    assert layout(dit) == "6bfcfb3b342cb286ce886889d519a77e"
+    assert sum(p.numel() for p in dit.parameters()) == 16394878784
 
 
 def reference_dit(diffusers, channels=8):
