@@ -1154,6 +1154,35 @@ def test_dit_parity(tmp_path):
         assert (want - dit(i["x"], i["t"], i["text"], i["image"])).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize("grid", [(4, 6), (2, 3)])
+def test_in_your_pipeline_parity(grid, tmp_path):
+    """data/in_your_pipeline.py: with it diffusers' DiT says what ours says with the same physical tokens, and after it
+    is taken off what it said before."""
+    diffusers = pytest.importorskip("diffusers")
+    from data.in_your_pipeline import listen
+    torch.manual_seed(0)
+    ref, i = randomise(reference_dit(diffusers), 0.1), tiny_inputs()
+    dit, i["phys"] = M.VideoDiT(TINY_DIT), torch.randn(2, math.prod(grid), 96, generator=common.generator("phys"))
+    common.save_weights(tmp_path / "dit.safetensors", ref, {})
+    common.load_weights(dit, tmp_path / "dit.safetensors")
+    M.add_phys(dit)
+    times = torch.cat([torch.zeros(2, 24), (i["t"] * 1000)[:, None].expand(-1, 72)], 1)
+    say = lambda: ref(torch.cat([i["image"], i["x"]], 2), times, i["text"]).sample[:, :, 1:]
+    with torch.no_grad():
+        alone, hooks = say(), listen(ref, i["phys"] + dit.phys_type, grid, (4, 6))
+        told, want = say(), dit(**i)
+        assert (told - want).abs().max() <= 1e-5 and (told - alone).abs().max() > 0.01
+        for hook in hooks:
+            hook.remove()
+        assert torch.equal(say(), alone)
+
+
+def test_in_your_pipeline_runs():
+    pytest.importorskip("diffusers")
+    said = run("data/in_your_pipeline.py").stdout
+    assert re.match(r"4 x 4 physical tokens of drop.png change what the DiT says by [1-9]", said), said
+
+
 def test_schedule_parity():
     diffusers = pytest.importorskip("diffusers")
     for shift, n in ((1.0, 10), (5.0, 50)):
