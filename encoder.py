@@ -475,10 +475,11 @@ class PhysEncoder(nn.Module):
             wrong = [f"missing {k}" for k in trunk if k not in named] + [
                 f"{k} is {tuple(named[k][0])}, expected {tuple(v.shape)}"
                 for k, v in trunk.items() if k in named and named[k][0] != v.shape]
-            if wrong:
-                raise InputError(f"{path} holds no DPT trunk that fits this backbone's head: {'; '.join(wrong[:3])}; "
-                                 "expected Depth Anything V2 of the backbone's size")
-            self.head.load_state_dict({k: named[k][1]() for k in trunk}, strict=False)  # the rest is not even read
+            if not wrong:                          # what else is in the file is not even read
+                self.head.load_state_dict({k: named[k][1]() for k in trunk}, strict=False)
+        if wrong:
+            raise InputError(f"{path} holds no DPT trunk that fits this backbone's head: {'; '.join(wrong[:3])}; "
+                             "expected Depth Anything V2 of the backbone's size")
 
     def train(self, mode=True):
         super().train(mode)

@@ -851,7 +851,7 @@ def test_head_starts_from_a_depth_trunk(tmp_path):
             assert torch.equal(v, depth.depth_head.state_dict()[k] if trunk else before[k]), k
             made[k] = trunk
     assert sum(made.values()) == len(depth.depth_head.state_dict()) - 6 and not all(made.values())
-    with pytest.raises(InputError, match="dino.safetensors holds no DPT trunk.*: missing projects.0"):
+    with pytest.raises(InputError, match="dino.safetensors holds no DPT trunk.*head: missing projects.0"):
         encoder.start_head(tmp_path / "dino.safetensors")
     with pytest.raises(InputError, match=r"projects.0.weight is \(8, 48, 1, 1\), expected \(24, 192, 1, 1\)"):
         E.PhysEncoder(E.CONFIGS["nano"] | {"out_dim": 8}).start_head(tmp_path / "official.pth")
@@ -863,14 +863,14 @@ def test_stage_one_starts_from_a_depth_trunk(tmp_path):
     depth = randomise(E.DepthHead(E.CONFIGS["nano"]))
     common.save_weights(tmp_path / "depth.safetensors", depth, {})
     tiny = [*TINY_SFT, "--head_from=depth.safetensors", "--scenarios=drop", "--clips=2", "--batch=2", "--eval_clips=1",
-            "--steps=1", "--lr=0", "--adam_lr=0", f"--init_from={HERE}/data/dit.safetensors"]
+            "--frames=5", "--steps=1", "--lr=0", "--adam_lr=0", f"--init_from={HERE}/data/dit.safetensors"]
     run("sft.py", *tiny, cwd=tmp_path)
     head = read_all(tmp_path / "out/sft/head1.safetensors")
     for k, v in depth.state_dict().items():
         assert "output_conv" in k or torch.equal(head[k], v.bfloat16()), k
     refused("sft.py", *tiny, "--phys=False", cwd=tmp_path, says="--phys=False has none")
-    other = f"--head_from={HERE}/data/backbone.safetensors"
-    refused("sft.py", *tiny, other, cwd=tmp_path, says="no DPT trunk.*missing projects.0")
+    other = f"{HERE}/data/backbone.safetensors"
+    refused("sft.py", *tiny, f"--head_from={other}", cwd=tmp_path, says=f"{other} holds no DPT trunk.*missing")
     refused("sft.py", *tiny, "--head_from=none.pth", cwd=tmp_path, says="none.pth does not exist")
 
 
