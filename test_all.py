@@ -734,6 +734,17 @@ def test_vae_sees_bodies_first_and_whole_clips_last(clips):
         assert torch.equal(one, torch.cat(parts))
 
 
+def test_large_vae_loads_without_random_weights_first(tmp_path):
+    config = V.CONFIGS["wan2.1"] | dict(decoder_dim=96, mult=[1, 1, 1, 1], blocks=1, decoder_blocks=1)
+    vae = randomise(V.VideoVAE(config))
+    common.save_weights(tmp_path / "vae.safetensors", vae, config, torch.bfloat16)
+    before = torch.get_rng_state()
+    other = V.load_vae(str(tmp_path / "vae.safetensors"))
+    assert torch.equal(torch.get_rng_state(), before) and not any(p.requires_grad for p in other.parameters())
+    for k, v in other.state_dict().items():
+        assert v.dtype == torch.float32 and torch.equal(v, vae.state_dict()[k].bfloat16().float()), k
+
+
 def test_vae_refuses():
     vae = V.VideoVAE(V.CONFIGS["nano"])
     for shape in [(1, 3, 4, 64, 64), (1, 3, 5, 60, 64), (3, 5, 64, 64)]:
