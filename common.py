@@ -6,13 +6,13 @@ import contextlib
 import ctypes
 import dataclasses
 import datetime
+import functools
 import hashlib
 import inspect
 import json
 import math
 import multiprocessing
 import os
-import pickle
 import random
 import re
 import signal
@@ -491,44 +491,106 @@ def save_weights(path, tensors, config, dtype=None):
 
 
 @contextlib.contextmanager
-def open_weights(path):
-    """A safetensors or official .pth file, or a folder of shards -> ({name: (shape, read)}, config dict).
-
-    Nothing is read before read() is called, one tensor at a time; a .pth is mapped, not read, where its format allows.
-    Raises InputError if there is no such file, or none that can be read, also from within the `with`."""
-    path = os.fspath(path)
-    files = sorted(os.path.join(path, f) for f in os.listdir(path) if f.endswith(".safetensors")) \
-        if os.path.isdir(path) else [path]
-    if not files:
-        raise InputError(f"{path} holds no .safetensors file")
+def _readable(file):
+    """What goes wrong in here is the file's fault, and said in one line; PyTorch would advise to trust the file."""
     try:
-        with contextlib.ExitStack() as stack:
-            found, configs = {}, []
-            for path in files:
-                if not os.path.exists(path):
-                    raise InputError(f"{path} does not exist")
-                if path.endswith((".pth", ".pt")):
-                    zipped = zipfile.is_zipfile(path)
-                    tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-                    if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
-                        raise ValueError("it is no dict of tensors")
-                    found |= {k: (v.shape, lambda v=v: v) for k, v in tensors.items()}
-                    configs.append({})
+        yield
+    except Exception as error:                     # a broken pickle raises whatever it likes
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        why = "it is truncated or in another format"
+        if isinstance(error, OSError):
+            why = error.strerror or str(error)
+        elif not os.path.getsize(file):
+            why = "it is empty"
+        elif code:
+            why = f"it holds {code[1]}, and more than tensors can run any program; expected tensors alone"
+        elif isinstance(error, SafetensorError):
+            why += f" ({str(error).splitlines()[0]})"
+        raise InputError(f"{file} is not a readable weight file: {why}") from None
+
+
+def _flat(tree):
+    """{"model": {"a": tensor}, "epoch": 3}, as training scripts wrap tensors -> {"model.a": tensor}."""
+    flat = {}
+    for k, v in tree.items() if isinstance(tree, dict) else ():
+        flat |= {str(k): v} if torch.is_tensor(v) else {f"{k}.{name}": tensor for name, tensor in _flat(v).items()}
+    return flat
+
+
+def weight_files(path):
+    """The files that hold the weights at a path: a file, one of several shards, their *.index.json, or a folder.
+
+    Raises InputError if one does not exist, or if a folder holds none or several that do not belong together."""
+    if os.path.isdir(path):
+        names = sorted(f for f in os.listdir(path) if not f.startswith("."))
+        # an index says what belongs together; safetensors, where somebody keeps both
+        for ends in (".safetensors.index.json", ".safetensors", ".index.json", (".bin", ".pth", ".pt", ".ckpt")):
+            if here := [f for f in names if f.endswith(ends)]:
+                break
+        else:
+            raise InputError(f"{path} holds no weights; expected .safetensors, .bin, .pth, .pt or .ckpt files")
+        if len({re.sub(r"-\d+-of-", "-of-", f) for f in here}) > 1:
+            raise InputError(f"{path} holds several weight files, {', '.join(here[:3])}{', ...' * (len(here) > 3)}, "
+                             "that are no shards of one; expected the path of one of them")
+        return weight_files(os.path.join(path, here[0]))
+    folder, name = os.path.split(path)
+    names, shard = [name], re.fullmatch(r"(.*-)(\d+)-of-(\d+)(\D.*)", name)
+    if name.endswith(".index.json") and os.path.exists(path):
+        try:
+            with open(path) as f:
+                names = sorted(map(os.fspath, set(json.load(f)["weight_map"].values())))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise InputError(f"{path} is no index of shards; expected JSON with a weight_map") from None
+    elif shard:
+        names = [f"{shard[1]}{i:0{len(shard[2])}d}-of-{shard[3]}{shard[4]}" for i in range(1, int(shard[3]) + 1)]
+    files = [os.path.join(folder, f) for f in names]
+    missing = [f for f in files if not os.path.exists(f)]
+    if missing:
+        raise InputError(f"{missing[0]} does not exist"
+                         + f"; missing {len(missing)} of the {len(files)} shards of {path}" * (len(files) > 1))
+    return files
+
+
+@contextlib.contextmanager
+def open_weights(path):
+    """Whatever weight_files takes, safetensors or PyTorch's own format -> ({name: (shape, read)}, config dict).
+
+    Nothing is read before read() is called, one tensor at a time; PyTorch's format is mapped, not read, where it is a
+    zip archive. Raises InputError if there is no such file, or none that can be read; read() does, too."""
+    def later(file, f, key):
+        with _readable(file):
+            return f.get_tensor(key)
+
+    with contextlib.ExitStack() as stack:
+        found, config = {}, {}
+        for file in weight_files(os.fspath(path)):
+            with _readable(file):
+                with open(file, "rb") as f:
+                    safe = f.read(9)[8:] == b"{"   # JSON after its length in eight bytes; names say less
+                if safe:
+                    f = stack.enter_context(safe_open(file, "pt"))
+                    part = {k: (torch.Size(f.get_slice(k).get_shape()), functools.partial(later, file, f, k))
+                            for k in f.keys()}
+                    config = config or json.loads((f.metadata() or {}).get("config", "{}"))
                 else:
-                    f = stack.enter_context(safe_open(path, "pt"))
-                    found |= {k: (torch.Size(f.get_slice(k).get_shape()), lambda f=f, k=k: f.get_tensor(k))
-                              for k in f.keys()}
-                    configs.append(json.loads((f.metadata() or {}).get("config", "{}")))
-            yield found, configs[0]
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise InputError(f"{path} is not a readable weight file (truncated, or another format): "
-                         f"{str(error).splitlines()[0]}") from None
+                    tree = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+                    part = {k: (v.shape, lambda v=v: v) for k, v in _flat(tree).items()}
+            if twice := found.keys() & part.keys():
+                raise InputError(f"{file} holds {min(twice)}, which another shard holds as well")
+            found |= part
+        yield found, config
 
 
 def read_weights(path):
     """All of open_weights(path) -> (CPU state dict, config dict)."""
     with open_weights(path) as (found, config):
         return {k: read() for k, (_, read) in found.items()}, config
+
+
+def read_config(path):
+    """Of open_weights(path) the config dict alone; {} for files that are not ours."""
+    with open_weights(path) as (_, config):
+        return config
 
 
 def spread(n, most):
@@ -543,56 +605,114 @@ def fingerprint(*modules):
     return f"{seed_of(','.join(f'{x:.9e}' for x in total)):016x}"
 
 
-PREFIXES = ("model.diffusion_model.", "diffusion_model.", "module.", "model.")       # what others put before every name
-KINDS = [(r"lora_[AB]|lora_(down|up)", "a LoRA"), (r"(^|\.)depth_head\.", "a Depth Anything model"),
-         (r"attn\.qkv|attention\.attention", "a DINOv2"), (r"cross_attn|attn2", "a Wan DiT"),
-         (r"^(encoder|decoder)\..*(middle|mid_block)", "a video VAE"), (r"scratch\.refinenet", "a physical head"),
-         (r"shared\.weight|SelfAttention|token_embedding", "a text encoder"), (r"^optimizer0/", "a training state")]
+# What a file seems to be: the first row whose pattern a name in it has, and which one, if that tensor's shape begins so
+VITS = {384: "S", 768: "B", 1024: "L", 1536: "g"}
+KINDS = [
+    (r"^optimizer0/", "a training state", {}),
+    (r"lora_[AB]|lora_(down|up)", "a LoRA", {}),
+    (r"mlp\.gate_proj|feed_forward\.w1\.", "a language model like LLaMA or Qwen", {}),
+    (r"input_blocks\.0\.|time_embedding\.linear_1\.", "a Stable Diffusion UNet", {}),
+    (r"(^|\.)(text_model|vision_model|visual)\.", "a CLIP", {}),
+    (r"img_attn\.qkv|single_transformer_blocks\.", "a Flux", {}),
+    (r"depth_head\.projects\.0\.weight$|reassemble_stage\.layers\.0\.projection\.weight$", "a Depth Anything",
+     {(48, 384): "Depth Anything V2 S", (96, 768): "Depth Anything V2 B", (256, 1024): "Depth Anything V2 L"}),
+    (r"register_tokens$", "a DINOv2 with registers",
+     {(1, 4, dim): f"DINOv2 ViT-{size}/14 with registers" for dim, size in VITS.items()}),
+    (r"(ls1\.gamma|layer_scale1\.lambda1)$", "a DINOv2",
+     {(dim,): f"DINOv2 ViT-{size}/14" for dim, size in VITS.items()}),
+    (r"(^|\.)patch_embedding\.weight$", "a Wan DiT",
+     {(1536, 16): "Wan T2V-1.3B", (3072, 48): "Wan TI2V-5B", (5120, 16): "Wan T2V-14B", (5120, 36): "Wan I2V-14B"}),
+    (r"(^|\.)decoder\.(conv1|conv_in)\.weight$", "a VAE",
+     {(384, 16): "Wan 2.1's VAE", (1024, 48): "Wan 2.2's VAE", (512, 4): "Stable Diffusion's VAE",
+      (512, 16): "Flux's VAE"}),
+    (r"scratch\.refinenet", "a physical head", {}),
+    (r"(^|\.)(shared|token_embedding)\.weight$", "a text encoder",
+     {(256384, 4096): "umT5-XXL", (32128, 4096): "T5-XXL"}),
+]
+
+
+def _guess(found):
+    """What a file seems to be, for an error message: " (it looks like a LoRA)", or nothing."""
+    for pattern, kind, known in KINDS:
+        for key, (shape, _) in found.items():
+            if re.search(pattern, key):
+                kind = next((name for start, name in known.items() if shape[:len(start)] == start), kind)
+                return f" (it looks like {kind})"
+    return ""
+
+
+def _layouts(own, found, renames):
+    """Yield (prefix, {our name: the file's names}) for every way to read a file's names: those behind any prefix, as
+    they are and renamed, if there are enough of them to be `own`."""
+    behind = {"": list(found)}
+    if any("." in k for k in own):                 # a lone layer's names, weight and bias, are everywhere
+        for key in found:
+            for dot in re.finditer(r"\.", key):
+                behind.setdefault(key[:dot.end()], []).append(key)
+    for prefix, keys in behind.items():
+        for table in ([], renames) if 2 * len(keys) >= len(own) else ():
+            names = {}
+            for key in keys:
+                name = key.removeprefix(prefix)
+                for pattern, replacement in table:
+                    name = re.sub(pattern, replacement, name)
+                name, _, part = name.partition("#")
+                names.setdefault(name, []).append((part, key))
+            yield prefix, {name: [key for _, key in sorted(parts)] for name, parts in names.items()}
+            if own.keys() <= names.keys():         # as they are, with nothing to rename
+                break
 
 
 @torch.no_grad()
 def load_weights(module, path, dtype=None, device=None):
-    """Load a file or folder, official or diffusers/transformers layout, into the module in place; -> the file's config.
+    """Load whatever weight_files takes, in the official or the diffusers/transformers layout, into the module in place;
+    -> the file's config.
 
     The other layout goes through the module's own table `module.RENAMES`: (regex, replacement) pairs, all applied in
-    order to each key, or through `module.convert(tensors) -> tensors` where names are not enough.
+    order to each name; what is "a#0" and "a#1" then is one above the other in our a. All names may have a prefix in
+    front, with other things beside them in the file, as long as one prefix alone has all that the module needs, and
+    nothing more. What matches module.OPTIONAL may be missing and is zero then.
     dtype, device: the module takes these on (but what matches module.FLOAT32 keeps that precision), one tensor after
     the other: built on the meta device, a model is never in memory twice. Raises InputError naming the first missing,
     extra or misshapen keys, and what the file seems to be."""
+    own, renames = module.state_dict(), getattr(module, "RENAMES", [])
+    optional, float32 = (getattr(module, k, "^$") for k in ("OPTIONAL", "FLOAT32"))
     with open_weights(path) as (found, config):
-        own = module.state_dict()
-        for prefix in PREFIXES:
-            if found and all(k.startswith(prefix) for k in found) and not own.keys() & found.keys():
-                found = {k.removeprefix(prefix): v for k, v in found.items()}
-        if not own.keys() & found.keys() or own.keys() - found.keys():
-            def renamed(key):
-                for pattern, replacement in getattr(module, "RENAMES", []):
-                    key = re.sub(pattern, replacement, key)
-                return key
-            # a module whose layouts differ by more than names (one qkv or three tensors) brings its own `convert`
-            if hasattr(module, "convert"):
-                other = module.convert({k: read() for k, (_, read) in found.items()})
-                other = {k: (v.shape, lambda v=v: v) for k, v in other.items()}
-            else:
-                other = {renamed(k): v for k, v in found.items()}
-            if len(own.keys() & other.keys()) > len(own.keys() & found.keys()):
-                found = other
-        wrong = ([f"missing {k}" for k in own if k not in found] + [f"unexpected {k}" for k in found if k not in own]
-                 + [f"{k} is {tuple(found[k][0])}, expected {tuple(v.shape)}"
-                    for k, v in own.items() if k in found and found[k][0] != v.shape])
-        if wrong:
+        def shape(keys):
+            shapes = [found[k][0] for k in keys]
+            if len(shapes) == 1:
+                return shapes[0]
+            rest = {s[1:] for s in shapes}         # parts that differ in it are no parts
+            return torch.Size((sum(s[0] if s else 1 for s in shapes), *(rest.pop() if len(rest) == 1 else ())))
+
+        def lacking(names):
+            return [f"missing {k}" for k in own if k not in names and not re.search(optional, k)] + [
+                f"{k} is {tuple(shape(names[k]))}, expected {tuple(v.shape)}"
+                for k, v in own.items() if k in names and shape(names[k]) != v.shape]
+
+        layouts = list(_layouts(own, found, renames))
+        fits = {prefix: names for prefix, names in layouts if not lacking(names)}
+        if len(fits) > 1:
+            raise InputError(f"{path} holds more than one {type(module).__name__}: "
+                             f"{', '.join(f'{prefix}*' for prefix in fits)}; expected one alone")
+        names = max(fits.values() or [names for _, names in layouts], default={},
+                    key=lambda names: len(own.keys() & names.keys()))
+        if wrong := lacking(names) + [f"unexpected {k}" for k in names if k not in own]:
             more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-            kind = next((f" (it looks like {kind})" for pattern, kind in KINDS
-                         if any(re.search(pattern, k) for k in found)), "")
-            raise InputError(f"{path}{kind} does not fit {type(module).__name__}: {'; '.join(wrong[:3])}{more}")
+            raise InputError(f"{path}{_guess(found)} does not fit {type(module).__name__}: "
+                             f"{'; '.join(wrong[:3])}{more}")
         for key, old in own.items():
-            value = found[key][1]()
+            parts = [found[k][1]() for k in names.get(key, ())]
+            value = torch.cat(parts) if len(parts) > 1 else parts[0] if parts else torch.zeros(old.shape)
             if dtype is None and device is None and not old.is_meta:
                 old.copy_(value)
-            else:
-                precise = dtype and re.search(getattr(module, "FLOAT32", "^$"), key)
-                kind = (torch.float32 if precise else dtype) if old.is_floating_point() else old.dtype
-                module.load_state_dict({key: value.to(device, kind, copy=True)}, strict=False, assign=True)
+                continue
+            kind = old.dtype
+            if dtype and old.is_floating_point():
+                kind = torch.float32 if re.search(float32, key) else dtype
+            where, _, name = key.rpartition(".")   # there alone: a large model has too many modules to visit each time
+            module.get_submodule(where).load_state_dict(
+                {name: value.to(device, kind, copy=True)}, strict=False, assign=True)
     return config
 
 

@@ -104,9 +104,11 @@ class DINOv2(nn.Module):
         (r"embeddings\.patch_embeddings\.projection", "patch_embed.proj"),
         (r"embeddings\.position_embeddings", "pos_embed"),
         (r"embeddings\.(cls_token|mask_token|register_tokens)", r"\1"), (r"encoder\.layer\.", "blocks."),
-        (r"attention\.attention\.query", "attn.qkv"), (r"attention\.output\.dense", "attn.proj"),
+        *((rf"attention\.attention\.{part}\.(\w+)", rf"attn.qkv.\1#{i}")                 # three there, one here
+          for i, part in enumerate(("query", "key", "value"))), (r"attention\.output\.dense", "attn.proj"),
         (r"layer_scale(\d)\.lambda1", r"ls\1.gamma"), (r"layernorm\.", "norm."),
     ]
+    OPTIONAL = "mask_token"                        # only DINOv2's own pretraining masks patches
 
     def __init__(self, config):
         super().__init__()
@@ -114,7 +116,7 @@ class DINOv2(nn.Module):
         self.cls_token = nn.Parameter(torch.empty(1, 1, D))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + (config["image_size"] // self.patch) ** 2, D))
         self.register_tokens = nn.Parameter(torch.empty(1, config["registers"], D)) if config["registers"] else None
-        # only DINOv2's own pretraining masks patches; a parameter without a gradient would stop DDP
+        # never used here; a parameter without a gradient would stop DDP
         self.mask_token = nn.Parameter(torch.zeros(1, D), requires_grad=False)
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, D, self.patch, stride=self.patch)))
         self.blocks = nn.ModuleList(Block(D, config["heads"]) for _ in range(config["depth"]))
@@ -124,11 +126,6 @@ class DINOv2(nn.Module):
         for linear in (m for m in self.modules() if isinstance(m, nn.Linear)):
             nn.init.trunc_normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
-
-    def convert(self, tensors):
-        """Other layouts -> ours: transformers' names, and the backbone inside of a Depth Anything file."""
-        inside = {k.split(".", 1)[1]: v for k, v in tensors.items() if k.startswith(("pretrained.", "backbone."))}
-        return to_official(inside or tensors, self.RENAMES)
 
     def positions(self, gh, gw):
         """pos_embed for a grid of gh x gw patches: (1, 1 + gh * gw, D). Each family has its own way to resize it."""
@@ -161,20 +158,6 @@ class DINOv2(nn.Module):
             if i in self.layers:
                 features.append(self.norm(x)[:, first:])                               # (B, L, D)
         return features, self.norm(x[:, 0])
-
-
-def to_official(tensors, renames):
-    """transformers keeps query, key and value apart, the official files as one qkv; the rest is a matter of names."""
-    official = {}
-    for key, value in tensors.items():
-        if re.search(r"attention\.(key|value)\.", key):
-            continue
-        if ".query." in key:
-            value = torch.cat([tensors[key.replace("query", part)] for part in ("query", "key", "value")])
-        for pattern, replacement in renames:
-            key = re.sub(pattern, replacement, key)
-        official[key] = value
-    return official
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -420,6 +403,7 @@ def resize(image, size, patch):
 
 class DepthAnything(nn.Module):
     """Depth Anything V2: image (B, 3, H, W) in [-1, 1], sides multiples of 14 -> relative inverse depth (B, H, W)."""
+    OPTIONAL = DINOv2.OPTIONAL
     RENAMES = [
         *DINOv2.RENAMES, (r"^backbone\.", "pretrained."), (r"^head\.conv1", "depth_head.scratch.output_conv1"),
         (r"^head\.conv2", "depth_head.scratch.output_conv2.0"), (r"^head\.conv3", "depth_head.scratch.output_conv2.2"),
@@ -434,9 +418,6 @@ class DepthAnything(nn.Module):
         super().__init__()
         self.pretrained = DINOv2(config)
         self.depth_head = DepthHead(config)
-
-    def convert(self, tensors):
-        return to_official(tensors, self.RENAMES)
 
     def forward(self, image):
         features, _ = self.pretrained(image)
@@ -517,7 +498,7 @@ def load_phys_encoder(backbone_path, head_path=None, config=None):
 
     The configuration is the one in the files' metadata, updated with `config`: {"out_dim": 768} is enough for files of
     ours, published ones need CONFIGS[name] | {"out_dim": 768}. Raises InputError if that is incomplete or misfits."""
-    files = [common.read_weights(path)[1] for path in (backbone_path, head_path) if path]
+    files = [common.read_config(path) for path in (backbone_path, head_path) if path]
     merged = {k: v for part in (*files, config or {}) for k, v in part.items()}
     lacking = {*CONFIGS["nano"], "out_dim"} - merged.keys()
     if lacking:
@@ -624,7 +605,7 @@ def mirror(batch, which):
 def cached(path, rank, resume, device, **what):
     """render(**what), kept in a file for --resume; rank 0 makes it, the others read it."""
     made = None
-    if rank == 0 and not (resume and os.path.exists(path) and common.read_weights(path)[1] == what):
+    if rank == 0 and not (resume and os.path.exists(path) and common.read_config(path) == what):
         common.save_weights(path, made := render(**what, device=device), what)
     if dist.is_initialized():
         dist.barrier()

@@ -66,14 +66,14 @@ def load_models(data="data", stage=1, ckpt="", head="", device="cpu"):
     if stage != 1 and (ckpt or head):
         raise InputError(f"stage {stage} changes the DiT and the head in {data}; other ones go with stage 1")
     ckpt = ckpt or f"{data}/dit.safetensors"
-    with common.open_weights(ckpt) as (_, config):
-        if "num_layers" not in config:
-            raise InputError(f"{ckpt} is not a DiT of ours: its metadata has no DiT config; expected a dit.safetensors")
+    config = common.read_config(ckpt)
+    if "num_layers" not in config:
+        raise InputError(f"{ckpt} is not a DiT of ours: its metadata has no DiT config; expected a dit.safetensors")
     large = config["text"] == "features"           # Wan's size: never in memory twice, nor in fp32 where bf16 will do
     with torch.device("meta" if large else "cpu"):
         dit = VideoDiT(config)
-    common.load_weights(dit, ckpt, *((common.precision(torch.device(device)), device) if large else ()))
-    dit = dit.to(device).eval().requires_grad_(False)
+    common.load_weights(dit, ckpt, common.precision(torch.device(device)) if large else None, device)
+    dit.eval().requires_grad_(False)
     if stage in (2, 3):
         tensors, lora = common.read_weights(f"{data}/lora2.safetensors")
         if "rank" not in lora:
@@ -262,8 +262,7 @@ def main():
         raise InputError(f"--model={cfg.model}: expected one of nano, {', '.join(PUBLISHED)}")
     features = bool(cfg.weights)                   # of an outside text encoder; else the DiT reads bytes
     if not features and os.path.exists(path := cfg.ckpt or f"{cfg.data}/dit.safetensors"):
-        with common.open_weights(path) as (_, config):
-            features = config.get("text") == "features"
+        features = common.read_config(path).get("text") == "features"
     if cfg.model != "nano" and not features:
         raise InputError(f"{cfg.model} needs --weights=FOLDER, with the published files of {PUBLISHED[cfg.model][0]}, or "
                          "--data=FOLDER, a run of sft.py on them")

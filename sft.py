@@ -254,11 +254,13 @@ def main():
     # the networks
     config, pixels = M.CONFIGS.get(cfg.model, {}) | {"phys": cfg.phys}, simdata.PHOTO
     if cfg.init_from:
-        with common.open_weights(cfg.init_from) as (_, config):
-            if "num_layers" not in config:
-                raise common.InputError(f"--init_from={cfg.init_from} is not a DiT of ours; expected a dit.safetensors")
+        config = common.read_config(cfg.init_from)
+        if "num_layers" not in config:
+            raise common.InputError(f"--init_from={cfg.init_from} is not a DiT of ours; expected a dit.safetensors")
     common.seed_everything(cfg.seed)
-    dit, encoder = M.VideoDiT(config), None
+    # Wan's size, which is loaded below: without random weights first, they take a minute
+    with torch.device("meta" if cfg.init_from and config["text"] == "features" else "cpu"):
+        dit, encoder = M.VideoDiT(config), None
     if cfg.phys:                                   # the head starts fresh, as in the paper; the backbone stays as is
         encoder = load_phys_encoder(f"{cfg.data}/backbone.safetensors", config={
             "out_dim": config["dim"], "foretell": cfg.foretell})

@@ -3,6 +3,7 @@ Every promise, tested:  python -m pytest -q test_all.py        (five to ten minu
 
 Parity with diffusers and transformers is checked where these are installed and skipped where they are not.
 """
+import argparse
 import contextlib
 import hashlib
 import importlib
@@ -733,6 +734,17 @@ def test_vae_sees_bodies_first_and_whole_clips_last(clips):
         assert torch.equal(one, torch.cat(parts))
 
 
+def test_large_vae_loads_without_random_weights_first(tmp_path):
+    config = V.CONFIGS["wan2.1"] | dict(decoder_dim=96, mult=[1, 1, 1, 1], blocks=1, decoder_blocks=1)
+    vae = randomise(V.VideoVAE(config))
+    common.save_weights(tmp_path / "vae.safetensors", vae, config, torch.bfloat16)
+    before = torch.get_rng_state()
+    other = V.load_vae(str(tmp_path / "vae.safetensors"))
+    assert torch.equal(torch.get_rng_state(), before) and not any(p.requires_grad for p in other.parameters())
+    for k, v in other.state_dict().items():
+        assert v.dtype == torch.float32 and torch.equal(v, vae.state_dict()[k].bfloat16().float()), k
+
+
 def test_vae_refuses():
     vae = V.VideoVAE(V.CONFIGS["nano"])
     for shape in [(1, 3, 4, 64, 64), (1, 3, 5, 60, 64), (3, 5, 64, 64)]:
@@ -1305,7 +1317,7 @@ def test_published_folder_parity(tmp_path, monkeypatch):
                         ("--text_emb=own/config.json", "not a readable weight"),
                         (f"--text_emb={HERE}/data/lora2.safetensors", "expected text and negative"),
                         ("--weights=own/config.json", "is no folder"),
-                        (f"--weights={HERE}/data", "does not fit VideoDiT")):
+                        (f"--weights={HERE}/data", "^/.*data holds several weight files, backbone")):
         with pytest.raises(InputError, match=says):
             main(wrong)
     monkeypatch.setattr(common, "free_memory", lambda device: 1e5)
@@ -1794,34 +1806,123 @@ def test_config():
         assert {f.name for f in dataclasses.fields(config)} == set(common._help(config)), config
 
 
+def misfits(module, path, says, named=None):
+    """Loading is refused in one clean line that begins with the file's name and goes on as the pattern says."""
+    with pytest.raises(InputError) as error:
+        common.load_weights(module, path)
+    line = str(error.value)
+    assert re.match(re.escape(str(named or path)) + says, line), line
+    assert line.isprintable() and "weights_only" not in line, line
+
+
 def test_weights_refused(tmp_path):
     module = torch.nn.Linear(3, 2)
     path = tmp_path / "w.safetensors"
     common.save_weights(path, module, {"a": 1}, torch.bfloat16)
     assert common.load_weights(torch.nn.Linear(3, 2), path) == {"a": 1} and os.listdir(tmp_path) == ["w.safetensors"]
-    with pytest.raises(InputError, match="expected"):
-        common.load_weights(torch.nn.Linear(4, 2), path)
+    assert common.read_config(path) == {"a": 1}
+    misfits(torch.nn.Linear(4, 2), path, r" does not fit Linear: weight is \(2, 3\), expected \(2, 4\)$")
+    misfits(torch.nn.Linear(3, 2, bias=False), path, " does not fit Linear: unexpected bias$")
+    misfits(torch.nn.Sequential(module, module), path, " does not fit Sequential: missing 0.weight; missing 0.bias; "
+                                                       "missing 1.weight and 3 more$")
     data = path.read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(data[: len(data) // 2])
+    (tmp_path / "short.safetensors").write_bytes(data[:-1])
     (tmp_path / "text.safetensors").write_text("hello")
-    for name in ("cut.safetensors", "text.safetensors", "none.safetensors"):
-        with pytest.raises(InputError):
-            common.load_weights(module, tmp_path / name)
+    torch.save(module.state_dict(), tmp_path / "w.pth")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "w.pth").read_bytes()[:700])
+    torch.save(module.state_dict() | {"args": argparse.Namespace(lr=1)}, tmp_path / "args.ckpt")
+    torch.save(module, tmp_path / "module.pth")
+    (tmp_path / "runs.bin").write_bytes(b"\x80\x02cos\nsystem\nX\x04\x00\x00\x00exit\x85R.")
+    bad = " is not a readable weight file: "
+    for name, says in (("none.safetensors", " does not exist$"), ("none.index.json", " does not exist$"),
+                       ("cut.safetensors", bad + r"it is truncated or in another format \(Error while"),
+                       ("short.safetensors", bad + r"it is truncated or in another format \(Error while"),
+                       ("text.safetensors", bad + "it is truncated or in another format"),
+                       ("cut.pth", bad + "it is truncated or in another format$"),
+                       ("args.ckpt", bad + "it holds argparse.Namespace, .*expected tensors alone$"),
+                       ("module.pth", bad + "it holds torch.nn.modules.linear.Linear,"),
+                       ("runs.bin", bad + r"it holds \w+.system,")):
+        misfits(module, tmp_path / name, says)
+    for name in ("empty.safetensors", "empty.pth", "empty.bin"):
+        (tmp_path / name).touch()
+        misfits(module, tmp_path / name, bad + "it is empty$")
+    with pytest.raises(InputError, match="^mine$"), common.open_weights(path):       # not the file's fault
+        raise InputError("mine")
+    with pytest.raises(RuntimeError, match="^mine$"), common.open_weights(path):
+        raise RuntimeError("mine")
+    header = b'{"weight":{"dtype":"F4","shape":[2,3],"data_offsets":[0,3]}}'            # found out when it is read
+    (tmp_path / "four.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(3))
+    misfits(torch.nn.Linear(3, 2, bias=False), tmp_path / "four.safetensors", bad)
+    refused("sample.py", f"{HERE}/data/drop.png", f"--ckpt={tmp_path}/args.ckpt", "--device=cpu", cwd=tmp_path,
+            says=f"^error: {tmp_path}/args.ckpt{bad}it holds argparse.Namespace")
+
+
+def test_shards_refused(tmp_path):
+    """What lacks, or could be meant, where weights come in several files."""
+    net = torch.nn.Sequential(*(torch.nn.Linear(3, 2) for _ in range(3)))
+    state = net.state_dict()
+    part = [{k: v for k, v in state.items() if k.startswith(f"{i}.")} for i in range(3)]
+    files = [f"model-{i:05d}-of-00003.safetensors" for i in (1, 2, 3)]
+    for name, tensors in zip(files, part):
+        common.save_weights(tmp_path / name, tensors, {})
+    common.load_weights(net, tmp_path)
+    os.remove(tmp_path / files[1])
+    lacks = f" does not exist; missing 1 of the 3 shards of {tmp_path}/{files[0]}$"
+    misfits(net, tmp_path, lacks, named=tmp_path / files[1])                         # by the others' names
+    misfits(net, tmp_path / files[0], lacks, named=tmp_path / files[1])
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {k: files[int(k[0])] for k in state}}))
+    for path in (tmp_path, index):                                                   # by the index
+        misfits(net, path, lacks.replace(files[0], index.name), named=tmp_path / files[1])
+    common.save_weights(tmp_path / files[1], part[0], {})
+    misfits(net, tmp_path, " holds 0.bias, which another shard holds as well$", named=tmp_path / files[1])
+    for text in ("", "[]", "{}", '{"weight_map": {"0.weight": 1}}'):
+        index.write_text(text)
+        misfits(net, tmp_path, " is no index of shards; expected JSON with a weight_map$", named=index)
+    (tmp_path / "none").mkdir()
+    misfits(net, tmp_path / "none", " holds no weights; expected .safetensors, .bin, ")
+    for name in ("b.pth", "a.bin"):
+        torch.save(state, tmp_path / "none" / name)
+    misfits(net, tmp_path / "none", " holds several weight files, a.bin, b.pth, that are no shards of one; expected")
 
 
 def test_weights_of_any_layout(tmp_path):
-    """Shards, prefixes, .pth; straight to a dtype from the meta device; and what a wrong file seems to be."""
+    """Shards, prefixes, wrapped dicts, PyTorch's format; straight to a dtype from the meta device."""
     dit = tiny_dit()
     state, half = dit.state_dict(), len(dit.state_dict()) // 2
-    (tmp_path / "shards").mkdir()
-    for n, keys in enumerate((list(state)[:half], list(state)[half:])):
-        common.save_weights(tmp_path / f"shards/model-{n + 1:05d}-of-00002.safetensors",
-                            {k: state[k] for k in keys}, {})
-    common.save_weights(tmp_path / "prefix.safetensors",
-                        {f"model.diffusion_model.{k}": v for k, v in state.items()}, {})
+    halves = {k: state[k] for k in list(state)[:half]}, {k: state[k] for k in list(state)[half:]}
+    prefixed = lambda prefix: {f"{prefix}{k}": v for k, v in state.items()}
+    names = ["new.pth", "old.pth", "shards", "bins", "parts", "parts/a.bin.index.json", "one", "stray",
+             "stray/a.safetensors.index.json", "shards/model-00002-of-00002.safetensors"]
+    for name in ("shards", "bins", "parts", "one", "stray"):
+        (tmp_path / name).mkdir()
+    for n, tensors in enumerate(halves, 1):
+        common.save_weights(tmp_path / f"shards/model-{n:05d}-of-00002.safetensors", tensors, {})
+        torch.save(tensors, tmp_path / f"bins/pytorch_model-{n:05d}-of-00002.bin")
+        torch.save(tensors, tmp_path / f"parts/{n}.bin")
+        common.save_weights(tmp_path / f"stray/part{n}.safetensors", tensors, {})
+    maps = [{k: name.format(n) for n, tensors in enumerate(halves, 1) for k in tensors}
+            for name in ("part{}.safetensors", "{}.bin")]
+    (tmp_path / "stray/a.safetensors.index.json").write_text(json.dumps({"weight_map": maps[0]}))
+    (tmp_path / "parts/a.bin.index.json").write_text(json.dumps({"weight_map": maps[1]}))
+    common.save_weights(tmp_path / "stray/stray.safetensors", {"blocks.0.modulation": torch.zeros(3)}, {})
     torch.save(state, tmp_path / "new.pth")
     torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    for name in ("shards", "prefix.safetensors", "new.pth", "old.pth"):
+    torch.save(state, tmp_path / "one/pytorch_model.bin")
+    torch.save(torch.zeros(3), tmp_path / "one/._pytorch_model.bin")                 # as some systems leave behind
+    other = {"vae.blocks.0.modulation": torch.zeros(3), "step": torch.zeros(())}
+    for i, prefix in enumerate((
+            "model.diffusion_model.", "diffusion_model.", "module.", "model.", "_orig_mod.", "dit.", "transformer.",
+            "net.", "model.model.", "module.model.", "module._orig_mod.", "any.thing.")):
+        common.save_weights(tmp_path / f"{i}.safetensors", prefixed(prefix) | (other if i % 2 else {}), {})
+        names.append(f"{i}.safetensors")
+    for i, tree in enumerate(({"state_dict": state, "epoch": 3}, {"model": prefixed("module."), "lr": [1.0]},
+                              {"ema": state, "optimizer": {"state": {0: {"exp_avg": torch.zeros(2)}}}},
+                              {"teacher": prefixed("backbone.") | {"head.weight": torch.zeros(2)}})):
+        torch.save(tree, tmp_path / f"{i}.ckpt")
+        names.append(f"{i}.ckpt")
+    for name in names:
         with torch.device("meta"):
             other = M.VideoDiT(TINY_DIT)
         common.load_weights(other, tmp_path / name, torch.bfloat16, "cpu")
@@ -1835,10 +1936,91 @@ def test_weights_of_any_layout(tmp_path):
     i.pop("phys")
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):                      # and it runs like that
         assert (other(**i) - dit(**i)).abs().mean() < 0.02 * dit(**i).abs().mean() + 0.02
-    for path, kind in ((f"{HERE}/data/vae.safetensors", "a video VAE"), (f"{HERE}/data/lora2.safetensors", "a LoRA"),
-                       (f"{HERE}/data/backbone.safetensors", "a DINOv2")):
-        with pytest.raises(InputError, match=f"looks like {kind}.*does not fit VideoDiT: missing"):
-            common.load_weights(dit, path)
+    with torch.device("meta"):                     # without a dtype the module keeps its own, whatever the file's
+        other = M.VideoDiT(TINY_DIT)
+    common.save_weights(tmp_path / "half.safetensors", state, {}, torch.bfloat16)
+    common.load_weights(other, tmp_path / "half.safetensors")
+    for k, v in other.state_dict().items():
+        assert v.dtype == torch.float32 and torch.equal(v, state[k].bfloat16().float()), k
+    # what could be the wrong thing is not loaded
+    for name, tree, says in (("both", {"model": state, "ema": state}, r" holds more than one VideoDiT: model\.\*, ema"),
+                             ("also", state | {"ema": state}, r" holds more than one VideoDiT: \*, ema\.\*; expected"),
+                             ("more", prefixed("dit.") | {"dit.img_emb.x": torch.zeros(2)},
+                              r" \(it looks like a Wan DiT\) does not fit VideoDiT: unexpected img_emb.x$"),
+                             ("less", {f"dit.{k}": v for k, v in halves[0].items()},
+                              rf" \(it looks like a Wan DiT\) does not fit VideoDiT: missing {list(state)[half]};")):
+        torch.save(tree, tmp_path / f"{name}.pth")
+        misfits(dit, tmp_path / f"{name}.pth", says)
+    layer = torch.nn.Linear(3, 2)                  # its names, weight and bias, are everywhere
+    common.save_weights(tmp_path / "layer.safetensors", {f"a.{k}": v for k, v in layer.state_dict().items()}, {})
+    misfits(layer, tmp_path / "layer.safetensors", " does not fit Linear: missing weight; missing bias; unexpected a.")
+
+
+def test_backbone_of_any_layout(tmp_path):
+    """A DINOv2 as transformers names it, also inside of a Depth Anything, behind any prefix, and without mask_token."""
+    net = randomise(E.DINOv2(TINY_VIT | {"registers": 4}))
+    theirs = {}
+    for k, v in net.state_dict().items():
+        for pattern, name in ((r"^(cls|mask|register)_token", r"embeddings.\1_token"), (r"^blocks", "encoder.layer"),
+                              ("^pos_embed", "embeddings.position_embeddings"), ("^norm", "layernorm"),
+                              (r"^patch_embed\.proj", "embeddings.patch_embeddings.projection"),
+                              (r"attn\.proj", "attention.output.dense"),
+                              (r"ls(\d)\.gamma", r"layer_scale\1.lambda1")):
+            k = re.sub(pattern, name, k)
+        parts = ["attention.attention.query", "attention.attention.key", "attention.attention.value"]
+        theirs |= {k.replace("attn.qkv", part): x for part, x in zip(parts, v.chunk(3))} if "qkv" in k else {k: v}
+    rest = {"neck.convs.0.weight": torch.zeros(2), "cls_token": torch.zeros(3)}
+    for i, (tensors, prefix) in enumerate(((net.state_dict(), "pretrained."), (net.state_dict(), "teacher.backbone."),
+                                           (theirs, ""), (theirs, "dinov2."), (theirs, "backbone."))):
+        for lacking in ((), ("mask_token", "embeddings.mask_token")):
+            path = tmp_path / f"{i}{len(lacking)}.safetensors"
+            common.save_weights(path, {f"{prefix}{k}": v for k, v in tensors.items() if k not in lacking}
+                                | (rest if prefix else {}), {})
+            with torch.device("meta"):
+                other = E.DINOv2(TINY_VIT | {"registers": 4})
+            common.load_weights(other, path)
+            for k, v in other.state_dict().items():
+                want = net.state_dict()[k] if k not in lacking else torch.zeros_like(v)
+                assert torch.equal(v, want) and v.device.type == "cpu", (path, k)
+            assert not other.mask_token.requires_grad and other.cls_token.requires_grad
+    key = "encoder.layer.1.attention.attention.key.bias"
+    common.save_weights(tmp_path / "two.safetensors", {k: v for k, v in theirs.items() if k != key}, {})
+    misfits(net, tmp_path / "two.safetensors", r" \(.*\) does not fit DINOv2: blocks.1.attn.qkv.bias is \(96,\), exp")
+
+
+def test_what_a_file_seems_to_be(tmp_path):
+    """Foreign weights are named, Wan's and DINOv2's by their size as well."""
+    with torch.device("meta"):
+        dit, head = M.VideoDiT(TINY_DIT), E.PhysicalHead(E.CONFIGS["nano"] | {"out_dim": 8})
+        made = {name: module.state_dict() for name, module in {
+            **{f"Wan {k}": M.VideoDiT(M.CONFIGS[c] | dict(num_layers=1) | extra) for k, c, extra in (
+                ("T2V-1.3B", "wan1.3b", {}), ("TI2V-5B", "wan5b", {}), ("T2V-14B", "wan14b", {}),
+                ("I2V-14B", "wan14b", {"in_dim": 36}))}, "a Wan DiT": M.VideoDiT(TINY_DIT | dict(dim=48)),
+            **{f"Wan {v}'s VAE": V.VideoVAE(V.CONFIGS[f"wan{v}"]) for v in ("2.1", "2.2")},
+            "a VAE": V.VideoVAE(V.CONFIGS["nano"]), "a physical head": head,
+            **{f"DINOv2 ViT-{s.upper()}/14{' with registers' * bool(reg)}": E.DINOv2(E.CONFIGS[f"dinov2_vit{s}14{reg}"])
+               for s in "sbl" for reg in ("", "_reg4")}, "a DINOv2": E.DINOv2(E.CONFIGS["nano"]),
+            **{f"Depth Anything V2 {s.upper()}": E.DepthAnything(E.CONFIGS[f"dinov2_vit{s}14"]) for s in "sbl"},
+        }.items()}
+    one = lambda **shapes: {k.replace("__", "."): torch.empty(shape, device="meta") for k, shape in shapes.items()}
+    made |= {
+        "Stable Diffusion's VAE": one(decoder__conv_in__weight=(512, 4, 3, 3)),
+        "a Stable Diffusion UNet": one(model__diffusion_model__input_blocks__0__0__weight=(320, 4, 3, 3),
+                                       first_stage_model__decoder__conv_in__weight=(512, 4, 3, 3),
+                                       cond_stage_model__transformer__text_model__x=(2,)),
+        "a Flux": one(double_blocks__0__img_attn__qkv__weight=(9216, 3072)),
+        "a CLIP": one(text_model__encoder__layers__0__self_attn__q_proj__weight=(8, 8),
+                      vision_model__embeddings__patch_embedding__weight=(768, 3, 32, 32)),
+        "a language model like LLaMA or Qwen": one(model__layers__0__mlp__gate_proj__weight=(8, 8),
+                                                   model__visual__x=(2,)),
+        "umT5-XXL": one(token_embedding__weight=(256384, 4096)), "a text encoder": one(shared__weight=(8, 8)),
+        "a LoRA": one(blocks__0__cross_attn__k__lora_A=(4, 8)), "a training state": {"optimizer0/0/x": torch.zeros(2)}}
+    for i, (name, state) in enumerate(made.items()):
+        # one number, stretched to any shape, makes a small file
+        torch.save({k: torch.zeros(()).expand(v.shape) for k, v in state.items()}, tmp_path / f"{i}.pth")
+        misfits(dit, tmp_path / f"{i}.pth", rf" \(it looks like {re.escape(name)}\) does not fit VideoDiT: ")
+    common.save_weights(tmp_path / "x.safetensors", {"x": torch.zeros(2)}, {})
+    misfits(dit, tmp_path / "x.safetensors", " does not fit VideoDiT: missing")
 
 
 def test_any_picture(tmp_path):

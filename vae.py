@@ -385,12 +385,14 @@ def diffusers_config(c):
 
 def load_vae(path, config=None, device="cpu"):
     """A weight file -> frozen VideoVAE in eval mode. config: for published files, which carry none of ours."""
-    config = config or common.read_weights(path)[1]
+    config = config or common.read_config(path)
     if "latent_mean" not in config:
         raise common.InputError(f"{path} carries no VAE config; pass one of CONFIGS: {', '.join(CONFIGS)}")
-    model = VideoVAE(config)
-    common.load_weights(model, path)
-    return model.to(device).eval().requires_grad_(False)
+    # without random weights first, where that saves more than the second in which PyTorch imports all it needs for it
+    with torch.device("meta" if config["dim"] >= 96 else "cpu"):
+        model = VideoVAE(config)
+    common.load_weights(model, path, device=device)
+    return model.eval().requires_grad_(False)
 
 
 def visibility(vae, latent):
@@ -463,7 +465,7 @@ def load_clips(cfg, rank, folder, device):
     """The clips as a dict of uint8 tensors, from the run folder if they are there; rank 0 simulates them once."""
     path = f"{folder}/clips.safetensors"
     key = {k: getattr(cfg, k) for k in ("scenarios", "clips", "val_clips", "seed")}
-    if rank == 0 and not (os.path.exists(path) and common.read_weights(path)[1] == key):
+    if rank == 0 and not (os.path.exists(path) and common.read_config(path) == key):
         made = simulate(cfg.scenarios, "train", cfg.clips, cfg.seed, device)
         val = simulate(cfg.scenarios, "val", cfg.val_clips, cfg.seed, torch.device("cpu"))     # few
         common.save_weights(path, made | {f"val_{k}": v for k, v in val.items()}, key)

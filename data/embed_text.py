@@ -55,22 +55,16 @@ def official(path, dtype, device):
             vocab_size=vocab, d_model=width, d_kv=inner // heads, d_ff=ffn, num_layers=layers, num_heads=heads,
             relative_attention_num_buckets=buckets, feed_forward_proj="gated-gelu"))
 
-    def convert(tensors):
-        def renamed(key):
-            for pattern, replacement in (
-                    (r"^token_embedding", "shared"), (r"^norm", "encoder.final_layer_norm"),
-                    (r"^blocks\.(\d+)\.(attn|pos|norm1)", r"encoder.block.\1.layer.0.\2"),
-                    (r"^blocks\.(\d+)\.(ffn|norm2)", r"encoder.block.\1.layer.1.\2"), (r"norm[12]", "layer_norm"),
-                    (r"attn", "SelfAttention"), (r"pos_embedding\.embedding", "SelfAttention.relative_attention_bias"),
-                    (r"ffn\.gate\.0", "DenseReluDense.wi_0"), (r"ffn\.fc1", "DenseReluDense.wi_1"),
-                    (r"ffn\.fc2", "DenseReluDense.wo")):
-                key = re.sub(pattern, replacement, key)
-            return key
-        own = {renamed(k): v for k, v in tensors.items()}
-        return own | {"encoder.embed_tokens.weight": own["shared.weight"]}                  # one tensor, two names
-    model.convert = convert
+    model.RENAMES = [
+        (r"^token_embedding", "shared"), (r"^norm", "encoder.final_layer_norm"),
+        (r"^blocks\.(\d+)\.(attn|pos|norm1)", r"encoder.block.\1.layer.0.\2"),
+        (r"^blocks\.(\d+)\.(ffn|norm2)", r"encoder.block.\1.layer.1.\2"), (r"norm[12]", "layer_norm"),
+        (r"attn", "SelfAttention"), (r"pos_embedding\.embedding", "SelfAttention.relative_attention_bias"),
+        (r"ffn\.gate\.0", "DenseReluDense.wi_0"), (r"ffn\.fc1", "DenseReluDense.wi_1"),
+        (r"ffn\.fc2", "DenseReluDense.wo")]
+    model.encoder.embed_tokens = None              # the same tensor as shared, and large
     common.load_weights(model, path, dtype, device)
-    model.tie_weights()
+    model.encoder.embed_tokens = model.shared
     return model
 
 
