@@ -57,6 +57,7 @@ class Config:
     head_from: str = ""             # a Depth Anything V2 file: the head starts from its DPT trunk; empty: fresh
     foretell: bool = True           # physical tokens for the frames to come, too (needs readout.safetensors)
     forced: bool = True             # those say the truth in training, where it is known; else what the readout says
+    rank: int = 0                   # > 0: of a LoRA, in place of all of the DiT's weights; it is merged in the end
     steps: int = 3200               # optimizer steps; 0 only makes the pool
     batch: int = 32                 # clips a step, over all ranks
     accumulate: int = 1             # micro-batches a step and rank, for less memory
@@ -228,9 +229,12 @@ def main():
     common.check_range(cfg, clips=(1, 10**8), steps=(0, 10**8), batch=(1, 10**6), accumulate=(1, 10**4), lr=(0, 1),
                        adam_lr=(0, 1), warmup=(0, 10**8), weight_decay=(0, 1), shift=(0.01, 100), moving=(0, 1000),
                        drop_text=(0, 1), ema=(0, 1), log_every=(1, 10**8), eval_every=(1, 10**8),
-                       eval_clips=(1, 10**4), size=(16, 1024), frames=(5, 1001), fps=(1, 240))
+                       eval_clips=(1, 10**4), rank=(0, 1024), size=(16, 1024), frames=(5, 1001), fps=(1, 240))
     names = common.check_names("scenarios", cfg.scenarios, simdata.SCENARIOS)
     device, rank, world = common.setup(cfg.device)
+    if cfg.rank and (cfg.fsdp or not cfg.init_from):
+        raise common.InputError(f"--rank={cfg.rank}: a LoRA is small and tunes what has been trained; expected "
+                                "--init_from=FILE, and no --fsdp")
     if M.CONFIGS.get(cfg.model, {}).get("text") != "bytes" and not cfg.init_from:
         raise common.InputError(f"--model={cfg.model}: expected nano, small or tiny; other ones come with --init_from")
     if cfg.phys and cfg.foretell and cfg.fps != 16:
@@ -267,13 +271,18 @@ def main():
         if cfg.head_from:
             encoder.start_head(cfg.head_from)
     if cfg.init_from:
-        common.load_weights(dit, cfg.init_from)
+        # under a LoRA they stay as they are, and need no more than the products' precision
+        common.load_weights(dit, cfg.init_from, common.precision(device) if cfg.rank else None)
         head = os.path.join(os.path.dirname(cfg.init_from), "head1.safetensors")
         if cfg.phys and os.path.exists(head) and not cfg.head_from:
             common.load_weights(encoder.head, head)
         if cfg.phys and not config["phys"]:        # a plain model learns to listen to the encoder
             M.add_phys(dit)
     dit.checkpointing = cfg.checkpointing
+    if cfg.rank:
+        M.add_lora(dit, cfg.rank, cfg.rank, cfg.seed)
+        if cfg.phys:
+            dit.phys_type = nn.Parameter(dit.phys_type.float())
 
     if encoder is not None:
         pixels = encoder.config["input_size"]
@@ -305,9 +314,9 @@ def main():
     model = DistributedDataParallel(raw) if world > 1 and not cfg.fsdp else raw
     ema = M.EMA(raw, cfg.ema)
     trained = {k: p for k, p in raw.named_parameters() if p.requires_grad}
-    # Muon for the matrices inside the blocks, AdamW for what enters, leaves, shifts and scales, and for all that is
-    # sharded: Muon needs whole matrices
-    inner = {k for k, p in trained.items() if ".blocks." in k and p.ndim == 2 and not cfg.fsdp}
+    # Muon for the matrices inside the blocks, AdamW for what enters, leaves, shifts and scales, for a LoRA, and for all
+    # that is sharded: Muon needs whole matrices
+    inner = {k for k, p in trained.items() if ".blocks." in k and p.ndim == 2 and not cfg.fsdp and not cfg.rank}
     rest = [p for k, p in trained.items() if k not in inner]
     adam = torch.optim.AdamW([dict(params=[p for p in rest if p.ndim > 1], weight_decay=cfg.weight_decay),
                               dict(params=[p for p in rest if p.ndim < 2], weight_decay=0.0)], betas=(0.9, 0.98))
@@ -393,6 +402,7 @@ def main():
 
     if done == cfg.steps:
         ema.copy_to(raw)
+        M.merge_lora(dit)
         if rank == 0:                              # the DiT last: with it the folder is whole
             sample.carry_over(cfg.data, folder, "vae", "backbone", "readout")
         files = ({"head1": (encoder.head, encoder.config)} if cfg.phys else {}) | {"dit": (dit, dit.config)}

@@ -2145,6 +2145,19 @@ def test_sft_resumes_to_the_bit_and_two_ranks_equal_one(tmp_path):
         "--model=tiny", cwd=tmp_path)
     run("sft.py", *TINY_SFT, "--name=tuned", "--init_from=out/base/dit.safetensors", "--steps=1", cwd=tmp_path)
     assert (tmp_path / "out/tuned/head1.safetensors").exists()
+    # with a LoRA the DiT is what it was, but for steps of that rank, and what marks physical tokens
+    lora = [*TINY_SFT, "--init_from=out/ranks/dit.safetensors", "--rank=2", "--adam_lr=1e-2", "--steps=4"]
+    run("sft.py", *lora, "--name=lora", cwd=tmp_path)
+    before, after = (read_all(tmp_path / f"out/{name}/dit.safetensors") for name in ("ranks", "lora"))
+    assert before.keys() == after.keys()
+    moved = {k: after[k].float() - before[k].float() for k in before if not torch.equal(after[k], before[k])}
+    assert "phys_type" in moved and {k.split(".")[2] for k in moved if "." in k} == {"self_attn", "cross_attn", "ffn"}
+    for k in moved.keys() - {"phys_type"}:
+        s = torch.linalg.svdvals(moved[k])         # bf16 rounds what is added
+        assert k.endswith("weight") and s[2:].square().sum() < 0.05 * s.square().sum(), k
+    head, again = (read_all(tmp_path / f"out/{name}/head1.safetensors") for name in ("ranks", "lora"))
+    assert any(not torch.equal(head[k], again[k]) for k in head)
+    refused("sft.py", *TINY_SFT, "--rank=2", cwd=tmp_path, says="expected --init_from=FILE")
     # row 4 of the paper's table: DPO of a DiT that has no encoder
     tiny = ["--data=out/base", "--scenarios=drop", "--pairs=2", "--candidates=2", "--margin=0", "--sampler_steps=1",
             "--batch=2", "--eval_clips=1", "--steps=1", "--device=cpu"]
