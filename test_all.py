@@ -1238,7 +1238,7 @@ def test_embed_text_parity(tmp_path):
     refused("data/embed_text.py", *flags, "--device=cpu", cwd=tmp_path, says="is no umT5 as Wan keeps it")
 
 
-def test_round_trip_parity(tmp_path, monkeypatch):
+def test_round_trip_parity(tmp_path, monkeypatch, capsys):
     """DiT, VAE and LoRA of ours, in diffusers' classes by way of data/to_diffusers.py, compute what ours compute."""
     diffusers = pytest.importorskip("diffusers")
     pytest.importorskip("peft")
@@ -1256,27 +1256,74 @@ def test_round_trip_parity(tmp_path, monkeypatch):
     with torch.no_grad():
         plain = dit(i["x"], i["t"], i["text"])
         assert (ask(theirs) - plain).abs().max() <= 1e-5
+    # from an image: its tokens at time 0
+    times = torch.cat([torch.zeros(2, 24), (i["t"] * 1000)[:, None].expand(-1, 72)], 1)
+    seen = lambda net: net(torch.cat([i["image"], i["x"]], 2), times, i["text"]).sample[:, :, 1:]
     M.add_lora(dit, 4, 10)
     with torch.no_grad():
         for p in (p for p in dit.parameters() if p.requires_grad):
             p.add_(0.2 * torch.randn_like(p))
-        tuned = dit(i["x"], i["t"], i["text"])
+        tuned, animated = dit(i["x"], i["t"], i["text"]), dit(i["x"], i["t"], i["text"], i["image"])
     common.save_weights("lora2.safetensors", M.lora_state(dit), dict(rank=4, alpha=10))
+    capsys.readouterr()
     convert("--lora=lora2.safetensors", "--out=lora.safetensors")
+    assert "stayed behind: physical tokens" in capsys.readouterr().out
     pipe = diffusers.WanPipeline(tokenizer=None, text_encoder=None, vae=None, scheduler=None, transformer=theirs)
     pipe.load_lora_weights(".", weight_name="lora.safetensors")
     with torch.no_grad():
         assert (ask(pipe.transformer) - tuned).abs().max() <= 1e-5 < 0.1 < (tuned - plain).abs().max()
+        assert (seen(pipe.transformer) - animated).abs().max() <= 1e-5 < 0.1 < (animated - tuned).abs().max()
 
-    vae = randomise(V.VideoVAE(c := V.CONFIGS["wan2.1"] | dict(dim=8, decoder_dim=8)))
-    common.save_weights("vae.safetensors", vae, c)
-    convert("--vae=vae.safetensors", "--out=vae")
-    theirs, video = diffusers.AutoencoderKLWan.from_pretrained("vae"), torch.rand(1, 3, 5, 16, 16) * 2 - 1
-    with torch.no_grad():
-        assert (theirs.encode(video).latent_dist.mean - vae.moments(video)[0]).abs().max() <= 1e-5
-    for wrong in ("--vae=dit.safetensors", "--dit=vae.safetensors", "--lora=vae.safetensors", "--lora=none"):
+    for name in ("wan2.1", "wan2.2"):
+        vae = randomise(V.VideoVAE(c := V.CONFIGS[name] | dict(dim=8, decoder_dim=8)))
+        common.save_weights("vae.safetensors", vae, c)
+        convert("--vae=vae.safetensors", f"--out={name}")
+        theirs, video = diffusers.AutoencoderKLWan.from_pretrained(name), torch.rand(1, 3, 5, 32, 32) * 2 - 1
+        mean, std = (torch.tensor(theirs.config[f"latents_{k}"]).view(1, -1, 1, 1, 1) for k in ("mean", "std"))
+        with torch.no_grad():
+            latent = vae.encode(video)
+            assert (theirs.encode(video).latent_dist.mean - (latent * std + mean)).abs().max() <= 1e-5, name
+            assert (theirs.decode(latent * std + mean).sample - vae.decode(latent)).abs().max() <= 1e-5, name
+    for wrong in ("--vae=dit.safetensors", "--dit=vae.safetensors", "--lora=vae.safetensors", "--lora=none",
+                  "--data=none"):
         with pytest.raises(InputError):
             convert(wrong, "--out=x.safetensors")
+
+
+def test_pipeline_round_trip_parity(tmp_path, monkeypatch):
+    """A folder of ours, as a WanImageToVideoPipeline by way of data/to_diffusers.py, makes the video we make."""
+    diffusers, hub = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common, "autocast", lambda device: contextlib.nullcontext())
+    os.mkdir("data")
+    ours = sample.Models(randomise(V.VideoVAE(V.CONFIGS["wan2.2"] | dict(dim=8, decoder_dim=8))), None,
+                         randomise(tiny_dit(in_dim=48, out_dim=48), 0.1))
+    for name in ("vae", "dit"):
+        module = getattr(ours, name)
+        common.save_weights(f"data/{name}.safetensors", module, module.config)
+    assert "text_encoder/ and tokenizer/ are not there" in run("data/to_diffusers.py", "--data=data", "--out=bare",
+                                                               cwd=tmp_path).stdout
+    tiny_umt5(hub, tmp_path / "data")
+    done = run("data/to_diffusers.py", "--data=data", "--out=whole", cwd=tmp_path)
+    assert "are not there" not in done.stdout
+    from data.embed_text import embed
+    text, null = (x[None] for x in embed(["a ball falls", "a"], "data", device=torch.device("cpu")))
+    g = common.generator("pipeline")
+    image = torch.rand(1, 3, 64, 96, generator=g)
+    noise = torch.cat([torch.zeros(1, 48, 1, 4, 6), common.randn((48, 1, 4, 6), [7])], 2)
+    how = dict(height=64, width=96, num_frames=5, num_inference_steps=2, guidance_scale=5.0, output_type="pt",
+               latents=noise)
+    pad = lambda x: F.pad(x, (0, 0, 0, ours.dit.config["text_len"] - x.shape[1]))
+    for folder, parts, said in (
+            ("whole", {}, dict(prompt="a ball falls", negative_prompt="a", max_sequence_length=24)),
+            ("bare", dict(text_encoder=None, tokenizer=None), dict(prompt_embeds=pad(text),
+                                                                   negative_prompt_embeds=pad(null)))):
+        pipe = diffusers.WanImageToVideoPipeline.from_pretrained(folder, **parts)
+        pipe.set_progress_bar_config(disable=True)
+        video = pipe(image, **said, **how).frames.transpose(1, 2)
+        want = sample.generate(ours, image * 2 - 1, text, [7], frames=5, steps=2, shift=5.0, cfg=5.0, solver="unipc",
+                               null=null)
+        assert (video - (want + 1) / 2)[:, :, 1:].abs().max() <= 1e-3, folder
 
 
 def test_every_input_changes_the_output():
