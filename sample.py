@@ -103,8 +103,8 @@ def load_published(folder, name="wan5b", device="cpu", dtype=None):
     """The files of Wan2.2-TI2V-5B or Wan2.1-T2V-1.3B as published, or as diffusers keeps them (transformer/, vae/).
     -> Models, frozen. name: wan5b or wan1.3b; dtype: of the DiT, by default what common.precision says.
 
-    A config.json in the folder says how large the DiT is. Raises InputError if a file is missing or foreign, or if the
-    weights do not fit into the memory that is free."""
+    A config.json in the folder says how large the DiT is. Raises InputError if a file is missing, foreign or the other
+    model's, or if the weights do not fit into the memory that is free."""
     import model as M
     import vae as V
     if not os.path.isdir(folder):
@@ -120,10 +120,21 @@ def load_published(folder, name="wan5b", device="cpu", dtype=None):
             return default
         try:
             with open(path) as f:
-                return convert(json.load(f))
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}: expected the config of a Wan model: {error!r}") from None
+                said = json.load(f)
+        except ValueError as error:
+            raise InputError(f"{path} is no readable config: {error}") from None
+        try:
+            found = convert(said)
+            return {k: found[k] for k in default}
+        except (KeyError, TypeError, AttributeError):
+            kind = isinstance(said, dict) and (said.get("_class_name") or said.get("model_type")) or "something else"
+            raise InputError(f"{path} is the config of {kind}; expected that of {PUBLISHED[name]}") from None
     wan = read(f"{dit_path}/config.json", M.published_config, M.CONFIGS[name])
+    if wan["in_dim"] != M.CONFIGS[name]["in_dim"]:
+        other = [k for k in PUBLISHED if M.CONFIGS[k]["in_dim"] == wan["in_dim"]]
+        seems = f" and seems to be {PUBLISHED[other[0]]}: expected --model={other[0]} or" if other else "; expected"
+        raise InputError(f"{folder}, whose DiT reads {wan['in_dim']} channels, is not {PUBLISHED[name]}{seems} another "
+                         "folder")
     vae_config = read(f"{vae_path}/config.json", V.diffusers_config, V.CONFIGS[f"wan{version}"])
     dtype = dtype or common.precision(torch.device(device))
     with torch.device("meta"):                     # no memory before the weights come

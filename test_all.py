@@ -4,6 +4,7 @@ Every promise, tested:  python -m pytest -q test_all.py        (five to ten minu
 Parity with diffusers and transformers is checked where these are installed and skipped where they are not.
 """
 import contextlib
+import fnmatch
 import hashlib
 import importlib
 import io
@@ -18,6 +19,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 import unittest.mock
 
 import numpy as np
@@ -1197,6 +1199,22 @@ def test_published_folder_parity(tmp_path, monkeypatch):
                         (f"--weights={HERE}/data", "does not fit VideoDiT")):
         with pytest.raises(InputError, match=says):
             main(wrong)
+    # a folder of another model: its config says whose
+    (tmp_path / "dino").mkdir()
+    for said, says in (({"model_type": "dinov2", "num_attention_heads": 6}, "config of dinov2; expected that of Wan2"),
+                       ({}, "of something else"), ([], "of something else"),
+                       (official | {"in_dim": 36}, "is not Wan2.2-TI2V-5B; expected another folder")):
+        (tmp_path / "dino/config.json").write_text(json.dumps(said))
+        with pytest.raises(InputError, match=says):
+            main("--weights=dino")
+    (tmp_path / "dino/config.json").write_text("{")
+    with pytest.raises(InputError, match="is no readable config"):
+        main("--weights=dino")
+    refused("data/fetch.py", "--model=wan1.3b", "--weights=theirs", "--out=other", cwd=tmp_path,
+            says="reads 48 channels, is not Wan2.1-T2V-1.3B and seems to be Wan2.2-TI2V-5B: expected --model=wan5b or")
+    (tmp_path / "dino/config.json").write_text(json.dumps(official | {"in_dim": 16, "out_dim": 16}))
+    with pytest.raises(InputError, match="seems to be Wan2.1-T2V-1.3B: expected --model=wan1.3b or"):
+        main("--weights=dino")
     monkeypatch.setattr(common, "free_memory", lambda device: 1e5)
     with pytest.raises(InputError, match="need 0.* GB, --device=cpu has 0.0 GB free"):
         main("--out=d.webp")
@@ -2320,6 +2338,63 @@ def test_a_published_backbone_joins_nano(tmp_path):
     assert torch.equal(theirs(photo)[-1], encoder.backbone(photo)[-1])
     assert (tmp_path / "dino/vae.safetensors").read_bytes() == open(f"{HERE}/data/vae.safetensors", "rb").read()
     refused("data/fetch.py", "--model=micro", cwd=tmp_path, says="expected one of nano")
+    refused("data/fetch.py", "--model=nano", "--backbone=dino.pth", "--encoder=dinov2_vits14", cwd=tmp_path,
+            says="dino.pth does not exist")
+
+
+def test_published_files_are_downloaded(tmp_path, monkeypatch):
+    """data/fetch.py takes Wan's official files and the backbone from the Hub, here a folder, and only what is read."""
+    from data import fetch
+    small = E.CONFIGS["nano"] | dict(dim=48, depth=2, heads=3, layers=[0, 0, 1, 1])
+    monkeypatch.setitem(E.CONFIGS, "depth_anything_v2_vits", small)
+    monkeypatch.setitem(V.CONFIGS, "wan2.1", V.CONFIGS["wan2.1"] | dict(dim=8, decoder_dim=8))
+    torch.manual_seed(0)
+    dit, vae, backbone = tiny_dit(in_dim=16, out_dim=16), V.VideoVAE(V.CONFIGS["wan2.1"]), E.DINOv2(small)
+    wan, depth = tmp_path / "hub/Wan-AI/Wan2.1-T2V-1.3B", tmp_path / "hub/depth-anything/Depth-Anything-V2-Small"
+    for folder in (wan / "google/umt5-xxl", wan / "assets", depth):
+        folder.mkdir(parents=True)
+    common.save_weights(wan / "diffusion_pytorch_model.safetensors", dit, {})
+    (wan / "config.json").write_text(json.dumps({k: v for k, v in dit.config.items() if k not in ("text", "phys")}))
+    torch.save(vae.state_dict(), wan / "Wan2.1_VAE.pth")
+    torch.save(backbone.state_dict(), depth / "depth_anything_v2_vits.pth")
+    for name in ("assets/logo.png", "README.md", sample.UMT5, "google/umt5-xxl/spiece.model"):
+        (wan / name).write_text("")
+
+    def snapshot_download(repository, allow_patterns):
+        if not (source := tmp_path / "hub" / repository).exists():
+            raise OSError(f"404 Client Error\nno {repository}")
+        for file in source.rglob("*"):
+            name = str(file.relative_to(source))
+            if file.is_file() and any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
+                os.makedirs((tmp_path / "cache" / repository / name).parent, exist_ok=True)
+                shutil.copy(file, tmp_path / "cache" / repository / name)
+        return str(tmp_path / "cache" / repository)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=snapshot_download))
+    run("data/fetch.py", "--model=wan1.3b", "--backbone=depth_anything_v2_vits", "--out=got", cwd=tmp_path)
+    assert sorted(p.name for p in (tmp_path / "cache/Wan-AI/Wan2.1-T2V-1.3B").iterdir()) == sorted(
+        ["config.json", "diffusion_pytorch_model.safetensors", "Wan2.1_VAE.pth", sample.UMT5, "google"])
+    assert {sample.UMT5, "google"} < {*os.listdir(tmp_path / "got")}
+    for name, module in (("dit", dit), ("vae", vae), ("backbone", backbone)):
+        got = read_all(tmp_path / f"got/{name}.safetensors")
+        assert got.keys() == module.state_dict().keys(), name
+        assert all((got[k] - v).abs().max() <= 0.01 * v.abs().max() for k, v in module.state_dict().items()), name
+    refused("data/fetch.py", "--model=wan5b", "--out=no", cwd=tmp_path,
+            says="Wan-AI/Wan2.2-TI2V-5B cannot be downloaded: 404 Client Error; or give a folder that holds it")
+    refused("data/fetch.py", "--model=wan5b", "--weights=cache/Wan-AI/Wan2.1-T2V-1.3B", "--out=no", cwd=tmp_path,
+            says="seems to be Wan2.1-T2V-1.3B: expected --model=wan1.3b")
+    (depth / "config.json").write_text(json.dumps({"model_type": "dinov2", "num_attention_heads": 6}))
+    refused("data/fetch.py", "--model=wan5b", f"--weights={depth}", "--out=no", cwd=tmp_path,
+            says="is the config of dinov2; expected that of Wan2.2-TI2V-5B")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    for flags in (("--model=wan5b",), ("--model=nano", "--backbone=dinov2_vitb14_reg4")):
+        refused("data/fetch.py", *flags, "--out=no", cwd=tmp_path, says="pip install huggingface_hub; or give a folder")
+    asked = []
+    monkeypatch.setattr(fetch, "download", lambda *what: asked.append(what) or "x")
+    for name in ("dinov2_vits14", "dinov2_vitb14_reg4", "depth_anything_v2_vitl"):
+        fetch.download_backbone(name)
+    assert asked == [("facebook/dinov2-small", "model.safetensors"),
+                     ("facebook/dinov2-with-registers-base", "model.safetensors"),
+                     ("depth-anything/Depth-Anything-V2-Large", "depth_anything_v2_vitl.pth")]
 
 
 def test_rows_are_trained_as_the_table_reads_them(tmp_path):
