@@ -88,12 +88,14 @@ def load_models(data="data", stage=1, ckpt="", head="", device="cpu"):
     return Models(vae, encoder, dit)
 
 
-def carry_over(data, folder, *names):
-    """Copy these weights of one folder, those that it has, into another, so that that can be --data by itself."""
-    for name in names:
-        if os.path.exists(f"{data}/{name}.safetensors"):
+def carry_over(data, folder, *names, text_emb=""):
+    """Copy these weights of one folder, those that it has, into another, so that that can be --data by itself, and the
+    file of captions' features, text_emb or else the folder's."""
+    files = {name: f"{data}/{name}.safetensors" for name in names}
+    for name, file in (files | dict(captions=text_emb or f"{data}/captions.safetensors")).items():
+        if os.path.exists(file):
             with common.atomic(f"{folder}/{name}.safetensors") as tmp:
-                shutil.copy(f"{data}/{name}.safetensors", tmp)
+                shutil.copy(file, tmp)
     for part in TEXT_ENCODER:                      # gigabytes: a link will do
         if os.path.exists(f"{data}/{part}") and not os.path.exists(f"{folder}/{part}"):
             os.symlink(os.path.realpath(f"{data}/{part}"), f"{folder}/{part}")
@@ -160,10 +162,10 @@ def text_features(path, captions, width, folder, device):
     if dist.is_initialized() and dist.get_rank():
         dist.barrier()                             # all is in the file when rank 0 gets there
     from data.embed_text import read_captions, write_captions
-    known = read_captions(path, width) if os.path.exists(path) else {}
-    lacking = sorted({"", *captions} - known.keys())
-    if lacking:
-        known |= write_captions(path, lacking, folder, device, known)
+    wanted = {"", *captions}
+    known = read_captions(path, width, wanted) if os.path.exists(path) else {}
+    if lacking := sorted(wanted - known.keys()):
+        known |= write_captions(path, lacking, folder, device)
     if dist.is_initialized() and not dist.get_rank():
         dist.barrier()
     return known
@@ -299,6 +301,8 @@ def main():
     stage, null = cfg.stage or (1 if first else DEFAULT_STAGE), None
     if features and not cfg.text_emb:              # before the DiT takes the memory
         from data.embed_text import embed
+        if not prompt.strip():
+            print('no prompt: the video follows the image alone; --prompt="a ball falls" would say what shall happen')
         texts = embed([prompt, cfg.negative], cfg.weights or cfg.data, device=device)
     models = load_published(cfg.weights, cfg.model, device) if cfg.weights else load_models(
         cfg.data, stage, cfg.ckpt, cfg.head, device)

@@ -1143,7 +1143,7 @@ def tiny_umt5(hub, folder):
     return tokenizer, encoder
 
 
-def test_published_folder_parity(tmp_path, monkeypatch):
+def test_published_folder_parity(tmp_path, monkeypatch, capsys):
     """sample.py --preset=wan5b on small random weights, in diffusers' folders, the DiT also in the official layout."""
     diffusers, hub = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -1192,6 +1192,12 @@ def test_published_folder_parity(tmp_path, monkeypatch):
     main("--text_emb=c.safetensors", "--out=c.webp")
     a, b, c = ((tmp_path / f"{name}.webp").read_bytes() for name in "abc")
     assert a != b == c
+    assert "follows the image alone" not in capsys.readouterr().out
+    main("--text_emb=", "--prompt= ", "--steps=1", "--out=d.webp")                   # allowed, as in training, but said
+    assert "no prompt: the video follows the image alone" in capsys.readouterr().out
+    shutil.rmtree("theirs/tokenizer")
+    with pytest.raises(InputError, match="^theirs has no umT5 in text_encoder/ and tokenizer/: .*; expected a folder"):
+        main("--text_emb=", "--prompt=a ball falls")
     for wrong, says in (("--weights=", "needs --weights"), ("--height=60", "multiples of 32.*--height=64 --width=96"),
                         ("--text_emb=own/config.json", "not a readable weight"),
                         (f"--text_emb={HERE}/data/lora2.safetensors", "expected text and negative"),
@@ -1224,7 +1230,7 @@ def test_published_folder_parity(tmp_path, monkeypatch):
     assert all(torch.equal(v, models.dit.state_dict()[k]) for k, v in other.state_dict().items())
 
 
-def test_embed_text_parity(tmp_path):
+def test_embed_text_parity(tmp_path, monkeypatch):
     """data/embed_text.py gives what diffusers' pipeline feeds the DiT: umT5's features up to the end, then zeros."""
     hub, diffusers = pytest.importorskip("transformers"), pytest.importorskip("diffusers")
     tokenizer, encoder = tiny_umt5(hub, tmp_path)
@@ -1252,6 +1258,22 @@ def test_embed_text_parity(tmp_path):
     run("data/embed_text.py", *flags, "--device=cpu", cwd=tmp_path)
     same = read_all(tmp_path / "o.safetensors")
     assert all((ours[key] - same[key]).abs().max() <= 1e-5 for key in ("text", "negative"))
+    # where there is no room for fp32 it is bf16, as Wan does; where there is none for that, one line
+    free = sum(v.numel() for v in tensors.values())
+    for many, says in ((3, None), (1, "needs 0.0 GB, --device=cpu has 0.0 GB free; expected a device with more")):
+        with monkeypatch.context() as patch:
+            patch.setattr(common, "free_memory", lambda device: many * free)
+            if says:
+                refused("data/embed_text.py", *flags, "--device=cpu", cwd=tmp_path, says=says)
+            else:
+                run("data/embed_text.py", *flags, "--device=cpu", cwd=tmp_path)
+    half = read_all(tmp_path / "o.safetensors")["text"]
+    assert torch.equal(half, half.bfloat16().float()) and 0 < (half - ours["text"]).abs().max() < 0.1
+    common.save_weights(tmp_path / "narrow.safetensors", {"caption0": torch.zeros(2, 24)}, {"captions": ["a"]})
+    (tmp_path / "b.txt").write_text("a ball")
+    refused("data/embed_text.py", "--captions=b.txt", "--encoder=own", "--out=narrow.safetensors", cwd=tmp_path,
+            says="narrow.safetensors holds features of width 24, this text encoder's are 40 wide")
+    refused("data/embed_text.py", "--prompt= ", cwd=tmp_path, says="expected a prompt, a file of captions or commands")
     torch.save({"x.weight": torch.zeros(2)}, own / "models_t5_umt5-xxl-enc-bf16.pth")
     refused("data/embed_text.py", *flags, "--device=cpu", cwd=tmp_path, says="is no umT5 as Wan keeps it")
 
@@ -1974,10 +1996,8 @@ common.run(main)                                       # ends a rank as all prog
             assert (one[k] - two[k]).abs().max() <= 1e-5 * max(one[k].abs().max().item(), 1e-3), (how, k)
 
 
-def test_a_dit_with_a_text_encoder_trains_in_shards(tmp_path):
-    """Wan's way in small: features of captions out of a file, FSDP2 over two ranks, stopped and resumed; the run's
-    folder then serves sample.py."""
-    data, g = tmp_path / "own", common.generator("own")
+def tiny_wan(data):
+    """A folder as data/fetch.py makes it, with a DiT of Wan's kind -> that."""
     data.mkdir()
     for name in ("vae", "backbone"):
         os.symlink(f"{HERE}/data/{name}.safetensors", data / f"{name}.safetensors")
@@ -1985,10 +2005,24 @@ def test_a_dit_with_a_text_encoder_trains_in_shards(tmp_path):
     dit = M.VideoDiT(M.WAN | dict(in_dim=32, out_dim=32, dim=64, ffn_dim=128, num_heads=2, num_layers=2, text_dim=24,
                                   text_len=16))
     common.save_weights(data / "dit.safetensors", dit, dit.config, torch.bfloat16)
-    captions = {"", *(c for n, seed, split in ((4, sft.SEED, "train"), (16, 0, "val"))
-                      for c in simdata.captions(simdata.make_scene("drop", n, seed, split)[0]))}
+    return dit
+
+
+def put_features(path, captions):
+    """A file as data/embed_text.py makes it, of random features."""
+    g, captions = common.generator("own"), sorted({"", *captions})
     features = {f"caption{i}": torch.randn(3 + i % 9, 24, generator=g) for i in range(len(captions))}
-    common.save_weights(data / "captions.safetensors", features, {"captions": sorted(captions)}, torch.bfloat16)
+    common.save_weights(path, features, {"captions": captions}, torch.bfloat16)
+
+
+def test_a_dit_with_a_text_encoder_trains_in_shards(tmp_path):
+    """Wan's way in small: features of captions out of a file, FSDP2 over two ranks, stopped and resumed; the run's
+    folder then serves sample.py."""
+    data, g = tmp_path / "own", common.generator("own")
+    dit = tiny_wan(data)
+    put_features(data / "captions.safetensors", [
+        c for n, seed, split in ((4, sft.SEED, "train"), (16, 0, "val"))
+        for c in simdata.captions(simdata.make_scene("drop", n, seed, split)[0])])
     flags = [f"--data={data}", f"--init_from={data}/dit.safetensors", "--clips=4", "--batch=4", "--eval_clips=16",
              "--eval_every=100", "--warmup=1", "--log_every=1", "--checkpointing=True", "--fsdp=True", "--device=cpu",
              "--foretell=False", "--name=wan", "--scenarios=drop"]
@@ -2013,6 +2047,54 @@ def test_a_dit_with_a_text_encoder_trains_in_shards(tmp_path):
             says="holds no features of captions")
     refused("sft.py", *flags, cwd=tmp_path, says="expected 2 or more")
     refused("sft.py", *TINY_SFT, "--foretell=True", "--fps=24", cwd=tmp_path, says="16 fps")
+
+
+def test_all_stages_of_a_dit_with_a_text_encoder(tmp_path, monkeypatch):
+    """Wan's way in small, Stages I to III and the judge, winner and loser in turn, activations computed again. One file
+    holds the features of all captions that the commands say they read; it goes from folder to folder, and nobody needs
+    a text encoder."""
+    from data.embed_text import read_by
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    tiny_wan(tmp_path / "own")
+    form = ["--frames=5", "--scenarios=drop", "--device=cpu"]
+    tiny = [*form, "--eval_clips=1", "--eval_every=9", "--log_every=1", "--warmup=1", "--checkpointing=True"]
+    commands = [
+        ["sft.py", "--data=own", "--init_from=own/dit.safetensors", "--text_emb=captions.safetensors", "--clips=2",
+         "--batch=2", "--steps=1", "--foretell=False", "--name=one", *tiny],
+        ["dpo.py", "--data=out/one", "--pairs=2", "--candidates=2", "--margin=0", "--sampler_steps=1", "--batch=2",
+         "--rank=2", "--steps=2", "--in_turn=True", "--text_emb=more.safetensors", "--name=two", *tiny],
+        ["eval.py", "--data=out/two", "--stages=3", "--n=1", "--steps=1", "--references=False",
+         "--json=scores.json", *form]]
+    said = read_by(";".join(map(shlex.join, commands)))
+    put_features(tmp_path / "captions.safetensors", said)
+    put_features(tmp_path / "more.safetensors", [*said, "one more"])
+    for command in commands:
+        run(*command, cwd=tmp_path)
+    for name, file in (("one", "captions"), ("two", "more")):
+        carried = tmp_path / f"out/{name}/captions.safetensors"
+        assert carried.read_bytes() == (tmp_path / f"{file}.safetensors").read_bytes(), name
+    for stage in "23":
+        log = common.read_lines(tmp_path / f"out/two/metrics{stage}.jsonl")
+        assert next(e["loss"] for e in log if "loss" in e) == pytest.approx(math.log(2), abs=1e-4), stage
+        state = read_all(tmp_path / f"out/two/state{stage}.safetensors")
+        moved = [k for k in state if k.startswith("reference/")
+                 and not torch.equal(state[k], state["model" + k.removeprefix("reference")])]
+        assert moved and all((".lora_" if stage == "2" else "/head.") in k for k in moved), stage
+    assert json.loads((tmp_path / "scores.json").read_text())["Stage III"]["seen"]["traj_l2"]["n"] == 1
+    # what the file lacks takes the encoder; so does a prompt
+    for command in ([*commands[2], "--n=3"],
+                    ["sample.py", f"{HERE}/data/drop.png", "--data=out/one", "--prompt=a ball", "--device=cpu"]):
+        refused(*command, cwd=tmp_path, says="pip install transformers; or --text_emb=FILE")
+    for wrong, says in (("eval.py; vae.py", "'vae.py' begins with none of sft.py"), ("eval.py;", "'' begins with none"),
+                        ("eval.py '", "No closing quotation"),
+                        ("sft.py --scenarios=fly", "'fly' is unknown"), ("dpo.py --clips=2", "unknown argument")):
+        refused("data/embed_text.py", f"--commands={wrong}", cwd=tmp_path, says=says)
+    # a GPU makes more clips at once, and so others: they are among those said as well
+    cfg = common.parse_config(sft.Config, ["--preset=wan5b", "--clips=40", "--scenarios=drop,roll"], sft.PRESETS)
+    said, parts = set(sft.captions(cfg)), {kind: sft.shards_of(cfg, 40, torch.device(kind)) for kind in ("cpu", "cuda")}
+    assert len(parts["cpu"]) == 10 and parts["cuda"] == [("drop", 0, 20), ("roll", 20, 20)]
+    for name, start, n in parts["cpu"] + parts["cuda"]:
+        assert said >= {*simdata.captions(simdata.make_scene(name, n, sft.SEED, "train", start=start)[0])}
 
 
 def test_pairs_are_all_that_are_a_margin_apart():
