@@ -417,6 +417,13 @@ def train(cfg, stage, around, models, pairs, held_out, folder, stop, device, ran
     return stop.agreed(device)
 
 
+def captions(cfg):
+    """Of all scenes that a run may draw candidates for, and of the val clips."""
+    names = common.check_names("scenarios", cfg.scenarios, simdata.SCENARIOS)
+    return judge.val_captions(names, cfg.eval_clips) + [c for name in names for c in simdata.captions(
+        simdata.make_scene(name, cfg.rounds * cfg.pairs, SEED, "train")[0])]
+
+
 def main():
     cfg = common.parse_config(Config, sys.argv[1:], PRESETS)
     common.check_range(cfg, rounds=(1, 10**4), pairs=(1, 10**8), candidates=(2, 256), margin=(0, 1e3), beta=(0, 1e7),
@@ -441,19 +448,17 @@ def main():
                                 "one; expected --stages=2")
     models.dit.checkpointing = cfg.checkpointing
     folder = common.start_run(cfg, rank, f"out/{cfg.name}")
-    if rank == 0 and cfg.steps:                    # first, so that with its last file the folder is whole
-        sample.carry_over(cfg.data, folder, "vae", "backbone", "readout", "dit", "head1",
-                          *["lora2"] * (stages == ["3"]))
 
-    def understand(captions):
+    def understand(texts):
         """What an outside text encoder says about them, if the DiT needs one, computed once."""
         if models.dit.config["text"] == "features":
-            models.text = sample.text_features(cfg.text_emb or f"{cfg.data}/captions.safetensors", captions,
-                                               models.dit.config["text_dim"], cfg.data, device)
+            path, width = cfg.text_emb or f"{cfg.data}/captions.safetensors", models.dit.config["text_dim"]
+            models.text = (models.text or {}) | sample.text_features(path, texts, width, cfg.data, device)
 
-    understand([c for name in cfg.scenarios.split(",") for n, *where in ((cfg.rounds * cfg.pairs, 1, "train"),
-                                                                         (cfg.eval_clips, 0, "val"))
-                for c in simdata.captions(simdata.make_scene(name, n, *where)[0])])
+    understand(captions(cfg))
+    if rank == 0 and cfg.steps:                    # first, so that with its last file the folder is whole
+        sample.carry_over(cfg.data, folder, "vae", "backbone", "readout", "dit", "head1",
+                          *["lora2"] * (stages == ["3"]), text_emb=cfg.text_emb)
     held_out = common.meanwhile(common.remembered, cfg.scenes, judge.val_scenes, cfg.scenarios.split(","),
                                 cfg.eval_clips, 32 if cfg.size <= sample.SMALL else 1, rank, world,
                                 form(cfg, models)) if cfg.steps else None

@@ -348,6 +348,11 @@ def val_scenes(names, clips, most, rank, world, form):
             for i, n in parts[rank::world]]
 
 
+def val_captions(names, clips):
+    """Of all that val_scenes may take."""
+    return [c for name in names for c in simdata.captions(simdata.make_scene(name, clips, 0, "val")[0])]
+
+
 @torch.no_grad()
 def outcome(models, scenes, device, **how):
     """Mean traj_l2 on val_scenes, over all ranks, with the same noise each time; and truth and sample in turn, as uint8
@@ -689,13 +694,28 @@ PRESETS |= {name: dict(data=f"out/{name}", size=512, frames=49, fps=fps, steps=5
             for name, fps in (("wan5b", 24), ("wan1.3b", 16))}
 
 
+def shared(cfg):
+    """How many scenes of a split each scenario has."""
+    names = common.check_names("scenarios", cfg.scenarios, simdata.SCENARIOS)
+    return {name: cfg.n // len(names) + (i < cfg.n % len(names)) for i, name in enumerate(names)}
+
+
+def captions(cfg):
+    """Of all clips that a run judges on."""
+    if cfg.clips:
+        lines = simdata.Clips(cfg.clips, cfg.size, cfg.frames, cfg.fps, cfg.skip_broken).lines
+        return [str(line.get("caption", "")) for line in lines]
+    return [c for unseen in (False, True) for name, n in shared(cfg).items() if n for c in simdata.captions(
+        simdata.make_scene(name, n, cfg.seed, cfg.split, unseen=unseen)[0])]
+
+
 def main():
     cfg = common.parse_config(Config, sys.argv[1:], PRESETS)
     common.check_range(cfg, n=(1, 10**6), steps=(1, 1000), cfg=(0, 30), temperature=(0, 2),
                        best_of=(1, 64), chunk=(1, 4096), size=(16, 1024), frames=(5, 1001), fps=(1, 240))
     common.check_frames(cfg)
-    names = common.check_names("scenarios", cfg.scenarios, simdata.SCENARIOS)
-    shares = {name: cfg.n // len(names) + (i < cfg.n % len(names)) for i, name in enumerate(names)}
+    shares = shared(cfg)
+    names = list(shares)
     if cfg.json:
         common.check_writable(cfg.json)
     if cfg.split not in ("val", "test"):
@@ -739,10 +759,7 @@ def main():
     first = next(iter(models.values()))
     common.check_sides(cfg, ("size",), 2 * first.vae.stride)
     if first.dit.config["text"] == "features":
-        captions = [str(line.get("caption", "")) for line in folder.lines] if cfg.clips else [
-            c for unseen in (False, True) for name, n in shares.items() if n for c in simdata.captions(
-                simdata.make_scene(name, n, cfg.seed, cfg.split, unseen=unseen)[0])]
-        text = sample.text_features(cfg.text_emb or f"{cfg.data}/captions.safetensors", captions,
+        text = sample.text_features(cfg.text_emb or f"{cfg.data}/captions.safetensors", captions(cfg),
                                     first.dit.config["text_dim"], cfg.data, device)
         for m in models.values():
             m.text = text

@@ -88,12 +88,14 @@ def load_models(data="data", stage=1, ckpt="", head="", device="cpu"):
     return Models(vae, encoder, dit)
 
 
-def carry_over(data, folder, *names):
-    """Copy these weights of one folder, those that it has, into another, so that that can be --data by itself."""
-    for name in names:
-        if os.path.exists(f"{data}/{name}.safetensors"):
+def carry_over(data, folder, *names, text_emb=""):
+    """Copy these weights of one folder, those that it has, into another, so that that can be --data by itself, and the
+    file of captions' features, text_emb or else the folder's."""
+    files = {name: f"{data}/{name}.safetensors" for name in names}
+    for name, file in (files | dict(captions=text_emb or f"{data}/captions.safetensors")).items():
+        if os.path.exists(file):
             with common.atomic(f"{folder}/{name}.safetensors") as tmp:
-                shutil.copy(f"{data}/{name}.safetensors", tmp)
+                shutil.copy(file, tmp)
     for part in TEXT_ENCODER:                      # gigabytes: a link will do
         if os.path.exists(f"{data}/{part}") and not os.path.exists(f"{folder}/{part}"):
             os.symlink(os.path.realpath(f"{data}/{part}"), f"{folder}/{part}")
@@ -103,8 +105,8 @@ def load_published(folder, name="wan5b", device="cpu", dtype=None):
     """The files of Wan2.2-TI2V-5B or Wan2.1-T2V-1.3B as published, or as diffusers keeps them (transformer/, vae/).
     -> Models, frozen. name: wan5b or wan1.3b; dtype: of the DiT, by default what common.precision says.
 
-    A config.json in the folder says how large the DiT is. Raises InputError if a file is missing or foreign, or if the
-    weights do not fit into the memory that is free."""
+    A config.json in the folder says how large the DiT is. Raises InputError if a file is missing, foreign or the other
+    model's, or if the weights do not fit into the memory that is free."""
     import model as M
     import vae as V
     if not os.path.isdir(folder):
@@ -120,10 +122,21 @@ def load_published(folder, name="wan5b", device="cpu", dtype=None):
             return default
         try:
             with open(path) as f:
-                return convert(json.load(f))
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}: expected the config of a Wan model: {error!r}") from None
+                said = json.load(f)
+        except ValueError as error:
+            raise InputError(f"{path} is no readable config: {error}") from None
+        try:
+            found = convert(said)
+            return {k: found[k] for k in default}
+        except (KeyError, TypeError, AttributeError):
+            kind = isinstance(said, dict) and (said.get("_class_name") or said.get("model_type")) or "something else"
+            raise InputError(f"{path} is the config of {kind}; expected that of {PUBLISHED[name]}") from None
     wan = read(f"{dit_path}/config.json", M.published_config, M.CONFIGS[name])
+    if wan["in_dim"] != M.CONFIGS[name]["in_dim"]:
+        other = [k for k in PUBLISHED if M.CONFIGS[k]["in_dim"] == wan["in_dim"]]
+        seems = f" and seems to be {PUBLISHED[other[0]]}: expected --model={other[0]} or" if other else "; expected"
+        raise InputError(f"{folder}, whose DiT reads {wan['in_dim']} channels, is not {PUBLISHED[name]}{seems} another "
+                         "folder")
     vae_config = read(f"{vae_path}/config.json", V.diffusers_config, V.CONFIGS[f"wan{version}"])
     dtype = dtype or common.precision(torch.device(device))
     with torch.device("meta"):                     # no memory before the weights come
@@ -149,10 +162,10 @@ def text_features(path, captions, width, folder, device):
     if dist.is_initialized() and dist.get_rank():
         dist.barrier()                             # all is in the file when rank 0 gets there
     from data.embed_text import read_captions, write_captions
-    known = read_captions(path, width) if os.path.exists(path) else {}
-    lacking = sorted({"", *captions} - known.keys())
-    if lacking:
-        known |= write_captions(path, lacking, folder, device, known)
+    wanted = {"", *captions}
+    known = read_captions(path, width, wanted) if os.path.exists(path) else {}
+    if lacking := sorted(wanted - known.keys()):
+        known |= write_captions(path, lacking, folder, device)
     if dist.is_initialized() and not dist.get_rank():
         dist.barrier()
     return known
@@ -289,6 +302,8 @@ def main():
     stage, null = cfg.stage or (1 if first else DEFAULT_STAGE), None
     if features and not cfg.text_emb:              # before the DiT takes the memory
         from data.embed_text import embed
+        if not prompt.strip():
+            print('no prompt: the video follows the image alone; --prompt="a ball falls" would say what shall happen')
         texts = embed([prompt, cfg.negative], cfg.weights or cfg.data, device=device)
     models = load_published(cfg.weights, cfg.model, device) if cfg.weights else load_models(
         cfg.data, stage, cfg.ckpt, cfg.head, device)

@@ -121,6 +121,32 @@ def simulate(scenario, count, start, form, device):
     return prepare(batch, form["size"], form["photo"])
 
 
+def at_once(cfg, count, device):
+    """How many clips are made together where it would be `count` of nano's on a CPU."""
+    larger = cfg.frames * cfg.size**2 / (25 * 64**2)
+    return max(1, int(count * common.scenes_at_once(device) / larger))
+
+
+def shards_of(cfg, total, device):
+    """The parts in which a pool is made -> [(scenario, the first clip's number, how many)]."""
+    names, shard = cfg.scenarios.split(","), at_once(cfg, SHARD, device)
+    if not cfg.folder:                             # small pools, too, have a share of every scenario
+        shard = min(shard, math.ceil(total / len(names)))
+    return [(names[i % len(names)], start, min(shard, total - start)) for i, start in enumerate(range(0, total, shard))]
+
+
+def captions(cfg):
+    """Of all clips that a run trains on, whatever makes them (a GPU makes more at once, and so others), and of the val
+    clips."""
+    held_out = judge.val_captions(common.check_names("scenarios", cfg.scenarios, simdata.SCENARIOS), cfg.eval_clips)
+    if cfg.folder:
+        lines = simdata.Clips(cfg.folder, cfg.size, cfg.frames, cfg.fps, cfg.skip_broken).lines
+        said = [str(line.get("caption", "")) for line in lines]
+        return held_out + M.tokens_to_strings(M.bytes_to_tokens(said, M.LONG))       # as the pool keeps them
+    return held_out + [c for kind in ("cpu", "cuda") for name, start, n in shards_of(cfg, cfg.clips, torch.device(kind))
+                       for c in simdata.captions(simdata.make_scene(name, n, SEED, "train", start=start)[0])]
+
+
 @torch.no_grad()
 def make_pool(cfg, vae, photo, device, rank, world):
     """Fill cfg.pool with shards -> dict(latent (N, C, 1+k, h, w) bf16, photo (N, 3, S, S) uint8, text (N, 1024) bytes;
@@ -130,19 +156,14 @@ def make_pool(cfg, vae, photo, device, rank, world):
     common.make_dir(cfg.pool)
     form = dict(size=cfg.size, frames=cfg.frames, fps=cfg.fps, photo=photo)
     folder = simdata.Clips(cfg.folder, skip=cfg.skip_broken, **form) if cfg.folder else None
-    larger = cfg.frames * cfg.size**2 / (25 * 64**2)                          # than nano's clips: fewer at a time
-    names, total = cfg.scenarios.split(","), len(folder) if folder else cfg.clips
-    many = common.scenes_at_once(device)
-    shard, part = (max(1, int(n * many / larger)) for n in (SHARD, 16))
-    if not folder:                                 # small pools, too, have a share of every scenario
-        shard = min(shard, math.ceil(total / len(names)))
+    part = at_once(cfg, 16, device)
     shards = []                                    # (path, what it holds): latents of another VAE would train as well,
-    for s in range(math.ceil(total / shard)):      # and then sample noise, so a shard remembers where it comes from
+    # and then sample noise, so a shard remembers where it comes from
+    for s, (name, start, count) in enumerate(shards_of(cfg, len(folder) if folder else cfg.clips, device)):
         source = dict(folder=os.path.abspath(cfg.folder)) if folder else dict(
-            scenario=names[s % len(names)], seed=SEED, physics=cfg.physics)
+            scenario=name, seed=SEED, physics=cfg.physics)
         shards.append((f"{cfg.pool}/{s:04d}.safetensors", dict(
-            vae=common.fingerprint(vae), paths=True, **source, start=s * shard, count=min(shard, total - s * shard),
-            **form)))
+            vae=common.fingerprint(vae), paths=True, **source, start=start, count=count, **form)))
     missing = [shard for shard in shards[rank::world] if not os.path.exists(shard[0])]
 
     def read():
@@ -154,7 +175,7 @@ def make_pool(cfg, vae, photo, device, rank, world):
     clips = read() if folder else common.side_by_side(
         simulate, [(what["scenario"], what["count"], what["start"], form | dict(physics=cfg.physics), str(device))
                    for _, what in missing], device)
-    for path, what in tqdm(missing, desc=f"pool, shards of {shard}", disable=rank > 0 or not missing):
+    for path, what in tqdm(missing, desc=f"pool, shards of {shards[0][1]['count']}", disable=rank > 0 or not missing):
         made = next(clips)
         with common.autocast(device):
             video = made.pop("video").split(part)
@@ -297,9 +318,8 @@ def main():
         return
     text = None                                    # bytes, or what an outside text encoder says, computed once
     if config["text"] == "features":
-        captions = M.tokens_to_strings(pool["text"]) + [
-            c for name in names for c in simdata.captions(simdata.make_scene(name, cfg.eval_clips, 0, "val")[0])]
-        text = sample.text_features(cfg.text_emb or f"{cfg.data}/captions.safetensors", captions, config["text_dim"],
+        said = M.tokens_to_strings(pool["text"]) + judge.val_captions(names, cfg.eval_clips)
+        text = sample.text_features(cfg.text_emb or f"{cfg.data}/captions.safetensors", said, config["text_dim"],
                                     cfg.data, device)
 
     pool = common.at_hand(pool, device)
@@ -404,7 +424,7 @@ def main():
         ema.copy_to(raw)
         M.merge_lora(dit)
         if rank == 0:                              # the DiT last: with it the folder is whole
-            sample.carry_over(cfg.data, folder, "vae", "backbone", "readout")
+            sample.carry_over(cfg.data, folder, "vae", "backbone", "readout", text_emb=cfg.text_emb)
         files = ({"head1": (encoder.head, encoder.config)} if cfg.phys else {}) | {"dit": (dit, dit.config)}
         for name, (module, config) in files.items():
             tensors = {k: common.whole(v) for k, v in module.state_dict().items()}

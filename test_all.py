@@ -5,6 +5,7 @@ Parity with diffusers and transformers is checked where these are installed and 
 """
 import argparse
 import contextlib
+import fnmatch
 import hashlib
 import importlib
 import io
@@ -19,6 +20,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 import unittest.mock
 
 import numpy as np
@@ -1264,7 +1266,7 @@ def tiny_umt5(hub, folder):
     return tokenizer, encoder
 
 
-def test_published_folder_parity(tmp_path, monkeypatch):
+def test_published_folder_parity(tmp_path, monkeypatch, capsys):
     """sample.py --preset=wan5b on small random weights, in diffusers' folders, the DiT also in the official layout."""
     diffusers, hub = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -1313,6 +1315,12 @@ def test_published_folder_parity(tmp_path, monkeypatch):
     main("--text_emb=c.safetensors", "--out=c.webp")
     a, b, c = ((tmp_path / f"{name}.webp").read_bytes() for name in "abc")
     assert a != b == c
+    assert "follows the image alone" not in capsys.readouterr().out
+    main("--text_emb=", "--prompt= ", "--steps=1", "--out=d.webp")                   # allowed, as in training, but said
+    assert "no prompt: the video follows the image alone" in capsys.readouterr().out
+    shutil.rmtree("theirs/tokenizer")
+    with pytest.raises(InputError, match="^theirs has no umT5 in text_encoder/ and tokenizer/: .*; expected a folder"):
+        main("--text_emb=", "--prompt=a ball falls")
     for wrong, says in (("--weights=", "needs --weights"), ("--height=60", "multiples of 32.*--height=64 --width=96"),
                         ("--text_emb=own/config.json", "not a readable weight"),
                         (f"--text_emb={HERE}/data/lora2.safetensors", "expected text and negative"),
@@ -1320,6 +1328,22 @@ def test_published_folder_parity(tmp_path, monkeypatch):
                         (f"--weights={HERE}/data", "^/.*data holds several weight files, backbone")):
         with pytest.raises(InputError, match=says):
             main(wrong)
+    # a folder of another model: its config says whose
+    (tmp_path / "dino").mkdir()
+    for said, says in (({"model_type": "dinov2", "num_attention_heads": 6}, "config of dinov2; expected that of Wan2"),
+                       ({}, "of something else"), ([], "of something else"),
+                       (official | {"in_dim": 36}, "is not Wan2.2-TI2V-5B; expected another folder")):
+        (tmp_path / "dino/config.json").write_text(json.dumps(said))
+        with pytest.raises(InputError, match=says):
+            main("--weights=dino")
+    (tmp_path / "dino/config.json").write_text("{")
+    with pytest.raises(InputError, match="is no readable config"):
+        main("--weights=dino")
+    refused("data/fetch.py", "--model=wan1.3b", "--weights=theirs", "--out=other", cwd=tmp_path,
+            says="reads 48 channels, is not Wan2.1-T2V-1.3B and seems to be Wan2.2-TI2V-5B: expected --model=wan5b or")
+    (tmp_path / "dino/config.json").write_text(json.dumps(official | {"in_dim": 16, "out_dim": 16}))
+    with pytest.raises(InputError, match="seems to be Wan2.1-T2V-1.3B: expected --model=wan1.3b or"):
+        main("--weights=dino")
     monkeypatch.setattr(common, "free_memory", lambda device: 1e5)
     with pytest.raises(InputError, match="need 0.* GB, --device=cpu has 0.0 GB free"):
         main("--out=d.webp")
@@ -1329,7 +1353,7 @@ def test_published_folder_parity(tmp_path, monkeypatch):
     assert all(torch.equal(v, models.dit.state_dict()[k]) for k, v in other.state_dict().items())
 
 
-def test_embed_text_parity(tmp_path):
+def test_embed_text_parity(tmp_path, monkeypatch):
     """data/embed_text.py gives what diffusers' pipeline feeds the DiT: umT5's features up to the end, then zeros."""
     hub, diffusers = pytest.importorskip("transformers"), pytest.importorskip("diffusers")
     tokenizer, encoder = tiny_umt5(hub, tmp_path)
@@ -1357,11 +1381,27 @@ def test_embed_text_parity(tmp_path):
     run("data/embed_text.py", *flags, "--device=cpu", cwd=tmp_path)
     same = read_all(tmp_path / "o.safetensors")
     assert all((ours[key] - same[key]).abs().max() <= 1e-5 for key in ("text", "negative"))
+    # where there is no room for fp32 it is bf16, as Wan does; where there is none for that, one line
+    free = sum(v.numel() for v in tensors.values())
+    for many, says in ((3, None), (1, "needs 0.0 GB, --device=cpu has 0.0 GB free; expected a device with more")):
+        with monkeypatch.context() as patch:
+            patch.setattr(common, "free_memory", lambda device: many * free)
+            if says:
+                refused("data/embed_text.py", *flags, "--device=cpu", cwd=tmp_path, says=says)
+            else:
+                run("data/embed_text.py", *flags, "--device=cpu", cwd=tmp_path)
+    half = read_all(tmp_path / "o.safetensors")["text"]
+    assert torch.equal(half, half.bfloat16().float()) and 0 < (half - ours["text"]).abs().max() < 0.1
+    common.save_weights(tmp_path / "narrow.safetensors", {"caption0": torch.zeros(2, 24)}, {"captions": ["a"]})
+    (tmp_path / "b.txt").write_text("a ball")
+    refused("data/embed_text.py", "--captions=b.txt", "--encoder=own", "--out=narrow.safetensors", cwd=tmp_path,
+            says="narrow.safetensors holds features of width 24, this text encoder's are 40 wide")
+    refused("data/embed_text.py", "--prompt= ", cwd=tmp_path, says="expected a prompt, a file of captions or commands")
     torch.save({"x.weight": torch.zeros(2)}, own / "models_t5_umt5-xxl-enc-bf16.pth")
     refused("data/embed_text.py", *flags, "--device=cpu", cwd=tmp_path, says="is no umT5 as Wan keeps it")
 
 
-def test_round_trip_parity(tmp_path, monkeypatch):
+def test_round_trip_parity(tmp_path, monkeypatch, capsys):
     """DiT, VAE and LoRA of ours, in diffusers' classes by way of data/to_diffusers.py, compute what ours compute."""
     diffusers = pytest.importorskip("diffusers")
     pytest.importorskip("peft")
@@ -1379,27 +1419,74 @@ def test_round_trip_parity(tmp_path, monkeypatch):
     with torch.no_grad():
         plain = dit(i["x"], i["t"], i["text"])
         assert (ask(theirs) - plain).abs().max() <= 1e-5
+    # from an image: its tokens at time 0
+    times = torch.cat([torch.zeros(2, 24), (i["t"] * 1000)[:, None].expand(-1, 72)], 1)
+    seen = lambda net: net(torch.cat([i["image"], i["x"]], 2), times, i["text"]).sample[:, :, 1:]
     M.add_lora(dit, 4, 10)
     with torch.no_grad():
         for p in (p for p in dit.parameters() if p.requires_grad):
             p.add_(0.2 * torch.randn_like(p))
-        tuned = dit(i["x"], i["t"], i["text"])
+        tuned, animated = dit(i["x"], i["t"], i["text"]), dit(i["x"], i["t"], i["text"], i["image"])
     common.save_weights("lora2.safetensors", M.lora_state(dit), dict(rank=4, alpha=10))
+    capsys.readouterr()
     convert("--lora=lora2.safetensors", "--out=lora.safetensors")
+    assert "stayed behind: physical tokens" in capsys.readouterr().out
     pipe = diffusers.WanPipeline(tokenizer=None, text_encoder=None, vae=None, scheduler=None, transformer=theirs)
     pipe.load_lora_weights(".", weight_name="lora.safetensors")
     with torch.no_grad():
         assert (ask(pipe.transformer) - tuned).abs().max() <= 1e-5 < 0.1 < (tuned - plain).abs().max()
+        assert (seen(pipe.transformer) - animated).abs().max() <= 1e-5 < 0.1 < (animated - tuned).abs().max()
 
-    vae = randomise(V.VideoVAE(c := V.CONFIGS["wan2.1"] | dict(dim=8, decoder_dim=8)))
-    common.save_weights("vae.safetensors", vae, c)
-    convert("--vae=vae.safetensors", "--out=vae")
-    theirs, video = diffusers.AutoencoderKLWan.from_pretrained("vae"), torch.rand(1, 3, 5, 16, 16) * 2 - 1
-    with torch.no_grad():
-        assert (theirs.encode(video).latent_dist.mean - vae.moments(video)[0]).abs().max() <= 1e-5
-    for wrong in ("--vae=dit.safetensors", "--dit=vae.safetensors", "--lora=vae.safetensors", "--lora=none"):
+    for name in ("wan2.1", "wan2.2"):
+        vae = randomise(V.VideoVAE(c := V.CONFIGS[name] | dict(dim=8, decoder_dim=8)))
+        common.save_weights("vae.safetensors", vae, c)
+        convert("--vae=vae.safetensors", f"--out={name}")
+        theirs, video = diffusers.AutoencoderKLWan.from_pretrained(name), torch.rand(1, 3, 5, 32, 32) * 2 - 1
+        mean, std = (torch.tensor(theirs.config[f"latents_{k}"]).view(1, -1, 1, 1, 1) for k in ("mean", "std"))
+        with torch.no_grad():
+            latent = vae.encode(video)
+            assert (theirs.encode(video).latent_dist.mean - (latent * std + mean)).abs().max() <= 1e-5, name
+            assert (theirs.decode(latent * std + mean).sample - vae.decode(latent)).abs().max() <= 1e-5, name
+    for wrong in ("--vae=dit.safetensors", "--dit=vae.safetensors", "--lora=vae.safetensors", "--lora=none",
+                  "--data=none"):
         with pytest.raises(InputError):
             convert(wrong, "--out=x.safetensors")
+
+
+def test_pipeline_round_trip_parity(tmp_path, monkeypatch):
+    """A folder of ours, as a WanImageToVideoPipeline by way of data/to_diffusers.py, makes the video we make."""
+    diffusers, hub = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common, "autocast", lambda device: contextlib.nullcontext())
+    os.mkdir("data")
+    ours = sample.Models(randomise(V.VideoVAE(V.CONFIGS["wan2.2"] | dict(dim=8, decoder_dim=8))), None,
+                         randomise(tiny_dit(in_dim=48, out_dim=48), 0.1))
+    for name in ("vae", "dit"):
+        module = getattr(ours, name)
+        common.save_weights(f"data/{name}.safetensors", module, module.config)
+    assert "text_encoder/ and tokenizer/ are not there" in run("data/to_diffusers.py", "--data=data", "--out=bare",
+                                                               cwd=tmp_path).stdout
+    tiny_umt5(hub, tmp_path / "data")
+    done = run("data/to_diffusers.py", "--data=data", "--out=whole", cwd=tmp_path)
+    assert "are not there" not in done.stdout
+    from data.embed_text import embed
+    text, null = (x[None] for x in embed(["a ball falls", "a"], "data", device=torch.device("cpu")))
+    g = common.generator("pipeline")
+    image = torch.rand(1, 3, 64, 96, generator=g)
+    noise = torch.cat([torch.zeros(1, 48, 1, 4, 6), common.randn((48, 1, 4, 6), [7])], 2)
+    how = dict(height=64, width=96, num_frames=5, num_inference_steps=2, guidance_scale=5.0, output_type="pt",
+               latents=noise)
+    pad = lambda x: F.pad(x, (0, 0, 0, ours.dit.config["text_len"] - x.shape[1]))
+    for folder, parts, said in (
+            ("whole", {}, dict(prompt="a ball falls", negative_prompt="a", max_sequence_length=24)),
+            ("bare", dict(text_encoder=None, tokenizer=None), dict(prompt_embeds=pad(text),
+                                                                   negative_prompt_embeds=pad(null)))):
+        pipe = diffusers.WanImageToVideoPipeline.from_pretrained(folder, **parts)
+        pipe.set_progress_bar_config(disable=True)
+        video = pipe(image, **said, **how).frames.transpose(1, 2)
+        want = sample.generate(ours, image * 2 - 1, text, [7], frames=5, steps=2, shift=5.0, cfg=5.0, solver="unipc",
+                               null=null)
+        assert (video - (want + 1) / 2)[:, :, 1:].abs().max() <= 1e-3, folder
 
 
 def test_every_input_changes_the_output():
@@ -2215,10 +2302,8 @@ common.run(main)                                       # ends a rank as all prog
             assert (one[k] - two[k]).abs().max() <= 1e-5 * max(one[k].abs().max().item(), 1e-3), (how, k)
 
 
-def test_a_dit_with_a_text_encoder_trains_in_shards(tmp_path):
-    """Wan's way in small: features of captions out of a file, FSDP2 over two ranks, stopped and resumed; the run's
-    folder then serves sample.py."""
-    data, g = tmp_path / "own", common.generator("own")
+def tiny_wan(data):
+    """A folder as data/fetch.py makes it, with a DiT of Wan's kind -> that."""
     data.mkdir()
     for name in ("vae", "backbone"):
         os.symlink(f"{HERE}/data/{name}.safetensors", data / f"{name}.safetensors")
@@ -2226,10 +2311,24 @@ def test_a_dit_with_a_text_encoder_trains_in_shards(tmp_path):
     dit = M.VideoDiT(M.WAN | dict(in_dim=32, out_dim=32, dim=64, ffn_dim=128, num_heads=2, num_layers=2, text_dim=24,
                                   text_len=16))
     common.save_weights(data / "dit.safetensors", dit, dit.config, torch.bfloat16)
-    captions = {"", *(c for n, seed, split in ((4, sft.SEED, "train"), (16, 0, "val"))
-                      for c in simdata.captions(simdata.make_scene("drop", n, seed, split)[0]))}
+    return dit
+
+
+def put_features(path, captions):
+    """A file as data/embed_text.py makes it, of random features."""
+    g, captions = common.generator("own"), sorted({"", *captions})
     features = {f"caption{i}": torch.randn(3 + i % 9, 24, generator=g) for i in range(len(captions))}
-    common.save_weights(data / "captions.safetensors", features, {"captions": sorted(captions)}, torch.bfloat16)
+    common.save_weights(path, features, {"captions": captions}, torch.bfloat16)
+
+
+def test_a_dit_with_a_text_encoder_trains_in_shards(tmp_path):
+    """Wan's way in small: features of captions out of a file, FSDP2 over two ranks, stopped and resumed; the run's
+    folder then serves sample.py."""
+    data, g = tmp_path / "own", common.generator("own")
+    dit = tiny_wan(data)
+    put_features(data / "captions.safetensors", [
+        c for n, seed, split in ((4, sft.SEED, "train"), (16, 0, "val"))
+        for c in simdata.captions(simdata.make_scene("drop", n, seed, split)[0])])
     flags = [f"--data={data}", f"--init_from={data}/dit.safetensors", "--clips=4", "--batch=4", "--eval_clips=16",
              "--eval_every=100", "--warmup=1", "--log_every=1", "--checkpointing=True", "--fsdp=True", "--device=cpu",
              "--foretell=False", "--name=wan", "--scenarios=drop"]
@@ -2254,6 +2353,54 @@ def test_a_dit_with_a_text_encoder_trains_in_shards(tmp_path):
             says="holds no features of captions")
     refused("sft.py", *flags, cwd=tmp_path, says="expected 2 or more")
     refused("sft.py", *TINY_SFT, "--foretell=True", "--fps=24", cwd=tmp_path, says="16 fps")
+
+
+def test_all_stages_of_a_dit_with_a_text_encoder(tmp_path, monkeypatch):
+    """Wan's way in small, Stages I to III and the judge, winner and loser in turn, activations computed again. One file
+    holds the features of all captions that the commands say they read; it goes from folder to folder, and nobody needs
+    a text encoder."""
+    from data.embed_text import read_by
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    tiny_wan(tmp_path / "own")
+    form = ["--frames=5", "--scenarios=drop", "--device=cpu"]
+    tiny = [*form, "--eval_clips=1", "--eval_every=9", "--log_every=1", "--warmup=1", "--checkpointing=True"]
+    commands = [
+        ["sft.py", "--data=own", "--init_from=own/dit.safetensors", "--text_emb=captions.safetensors", "--clips=2",
+         "--batch=2", "--steps=1", "--foretell=False", "--name=one", *tiny],
+        ["dpo.py", "--data=out/one", "--pairs=2", "--candidates=2", "--margin=0", "--sampler_steps=1", "--batch=2",
+         "--rank=2", "--steps=2", "--in_turn=True", "--text_emb=more.safetensors", "--name=two", *tiny],
+        ["eval.py", "--data=out/two", "--stages=3", "--n=1", "--steps=1", "--references=False",
+         "--json=scores.json", *form]]
+    said = read_by(";".join(map(shlex.join, commands)))
+    put_features(tmp_path / "captions.safetensors", said)
+    put_features(tmp_path / "more.safetensors", [*said, "one more"])
+    for command in commands:
+        run(*command, cwd=tmp_path)
+    for name, file in (("one", "captions"), ("two", "more")):
+        carried = tmp_path / f"out/{name}/captions.safetensors"
+        assert carried.read_bytes() == (tmp_path / f"{file}.safetensors").read_bytes(), name
+    for stage in "23":
+        log = common.read_lines(tmp_path / f"out/two/metrics{stage}.jsonl")
+        assert next(e["loss"] for e in log if "loss" in e) == pytest.approx(math.log(2), abs=1e-4), stage
+        state = read_all(tmp_path / f"out/two/state{stage}.safetensors")
+        moved = [k for k in state if k.startswith("reference/")
+                 and not torch.equal(state[k], state["model" + k.removeprefix("reference")])]
+        assert moved and all((".lora_" if stage == "2" else "/head.") in k for k in moved), stage
+    assert json.loads((tmp_path / "scores.json").read_text())["Stage III"]["seen"]["traj_l2"]["n"] == 1
+    # what the file lacks takes the encoder; so does a prompt
+    for command in ([*commands[2], "--n=3"],
+                    ["sample.py", f"{HERE}/data/drop.png", "--data=out/one", "--prompt=a ball", "--device=cpu"]):
+        refused(*command, cwd=tmp_path, says="pip install transformers; or --text_emb=FILE")
+    for wrong, says in (("eval.py; vae.py", "'vae.py' begins with none of sft.py"), ("eval.py;", "'' begins with none"),
+                        ("eval.py '", "No closing quotation"),
+                        ("sft.py --scenarios=fly", "'fly' is unknown"), ("dpo.py --clips=2", "unknown argument")):
+        refused("data/embed_text.py", f"--commands={wrong}", cwd=tmp_path, says=says)
+    # a GPU makes more clips at once, and so others: they are among those said as well
+    cfg = common.parse_config(sft.Config, ["--preset=wan5b", "--clips=40", "--scenarios=drop,roll"], sft.PRESETS)
+    said, parts = set(sft.captions(cfg)), {kind: sft.shards_of(cfg, 40, torch.device(kind)) for kind in ("cpu", "cuda")}
+    assert len(parts["cpu"]) == 10 and parts["cuda"] == [("drop", 0, 20), ("roll", 20, 20)]
+    for name, start, n in parts["cpu"] + parts["cuda"]:
+        assert said >= {*simdata.captions(simdata.make_scene(name, n, sft.SEED, "train", start=start)[0])}
 
 
 def test_pairs_are_all_that_are_a_margin_apart():
@@ -2579,6 +2726,63 @@ def test_a_published_backbone_joins_nano(tmp_path):
     assert torch.equal(theirs(photo)[-1], encoder.backbone(photo)[-1])
     assert (tmp_path / "dino/vae.safetensors").read_bytes() == open(f"{HERE}/data/vae.safetensors", "rb").read()
     refused("data/fetch.py", "--model=micro", cwd=tmp_path, says="expected one of nano")
+    refused("data/fetch.py", "--model=nano", "--backbone=dino.pth", "--encoder=dinov2_vits14", cwd=tmp_path,
+            says="dino.pth does not exist")
+
+
+def test_published_files_are_downloaded(tmp_path, monkeypatch):
+    """data/fetch.py takes Wan's official files and the backbone from the Hub, here a folder, and only what is read."""
+    from data import fetch
+    small = E.CONFIGS["nano"] | dict(dim=48, depth=2, heads=3, layers=[0, 0, 1, 1])
+    monkeypatch.setitem(E.CONFIGS, "depth_anything_v2_vits", small)
+    monkeypatch.setitem(V.CONFIGS, "wan2.1", V.CONFIGS["wan2.1"] | dict(dim=8, decoder_dim=8))
+    torch.manual_seed(0)
+    dit, vae, backbone = tiny_dit(in_dim=16, out_dim=16), V.VideoVAE(V.CONFIGS["wan2.1"]), E.DINOv2(small)
+    wan, depth = tmp_path / "hub/Wan-AI/Wan2.1-T2V-1.3B", tmp_path / "hub/depth-anything/Depth-Anything-V2-Small"
+    for folder in (wan / "google/umt5-xxl", wan / "assets", depth):
+        folder.mkdir(parents=True)
+    common.save_weights(wan / "diffusion_pytorch_model.safetensors", dit, {})
+    (wan / "config.json").write_text(json.dumps({k: v for k, v in dit.config.items() if k not in ("text", "phys")}))
+    torch.save(vae.state_dict(), wan / "Wan2.1_VAE.pth")
+    torch.save(backbone.state_dict(), depth / "depth_anything_v2_vits.pth")
+    for name in ("assets/logo.png", "README.md", sample.UMT5, "google/umt5-xxl/spiece.model"):
+        (wan / name).write_text("")
+
+    def snapshot_download(repository, allow_patterns):
+        if not (source := tmp_path / "hub" / repository).exists():
+            raise OSError(f"404 Client Error\nno {repository}")
+        for file in source.rglob("*"):
+            name = str(file.relative_to(source))
+            if file.is_file() and any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
+                os.makedirs((tmp_path / "cache" / repository / name).parent, exist_ok=True)
+                shutil.copy(file, tmp_path / "cache" / repository / name)
+        return str(tmp_path / "cache" / repository)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=snapshot_download))
+    run("data/fetch.py", "--model=wan1.3b", "--backbone=depth_anything_v2_vits", "--out=got", cwd=tmp_path)
+    assert sorted(p.name for p in (tmp_path / "cache/Wan-AI/Wan2.1-T2V-1.3B").iterdir()) == sorted(
+        ["config.json", "diffusion_pytorch_model.safetensors", "Wan2.1_VAE.pth", sample.UMT5, "google"])
+    assert {sample.UMT5, "google"} < {*os.listdir(tmp_path / "got")}
+    for name, module in (("dit", dit), ("vae", vae), ("backbone", backbone)):
+        got = read_all(tmp_path / f"got/{name}.safetensors")
+        assert got.keys() == module.state_dict().keys(), name
+        assert all((got[k] - v).abs().max() <= 0.01 * v.abs().max() for k, v in module.state_dict().items()), name
+    refused("data/fetch.py", "--model=wan5b", "--out=no", cwd=tmp_path,
+            says="Wan-AI/Wan2.2-TI2V-5B cannot be downloaded: 404 Client Error; or give a folder that holds it")
+    refused("data/fetch.py", "--model=wan5b", "--weights=cache/Wan-AI/Wan2.1-T2V-1.3B", "--out=no", cwd=tmp_path,
+            says="seems to be Wan2.1-T2V-1.3B: expected --model=wan1.3b")
+    (depth / "config.json").write_text(json.dumps({"model_type": "dinov2", "num_attention_heads": 6}))
+    refused("data/fetch.py", "--model=wan5b", f"--weights={depth}", "--out=no", cwd=tmp_path,
+            says="is the config of dinov2; expected that of Wan2.2-TI2V-5B")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    for flags in (("--model=wan5b",), ("--model=nano", "--backbone=dinov2_vitb14_reg4")):
+        refused("data/fetch.py", *flags, "--out=no", cwd=tmp_path, says="pip install huggingface_hub; or give a folder")
+    asked = []
+    monkeypatch.setattr(fetch, "download", lambda *what: asked.append(what) or "x")
+    for name in ("dinov2_vits14", "dinov2_vitb14_reg4", "depth_anything_v2_vitl"):
+        fetch.download_backbone(name)
+    assert asked == [("facebook/dinov2-small", "model.safetensors"),
+                     ("facebook/dinov2-with-registers-base", "model.safetensors"),
+                     ("depth-anything/Depth-Anything-V2-Large", "depth_anything_v2_vitl.pth")]
 
 
 def test_rows_are_trained_as_the_table_reads_them(tmp_path):

@@ -1,18 +1,23 @@
 """
 A prompt's embeddings for Wan: umT5-XXL's features, computed once and kept, so that sampling and training need no text
-encoder. Needs `pip install transformers`; the encoder is the folder text_encoder/ (and tokenizer/) of diffusers'
-version of any Wan model, or its name on the Hub, or Wan's own models_t5_umt5-xxl-enc-bf16.pth (and google/umt5-xxl/).
+encoder. Needs `pip install transformers`; the encoder is the folder of any Wan model, its own (that is, in it
+models_t5_umt5-xxl-enc-bf16.pth and google/umt5-xxl/) or diffusers' (text_encoder/ and tokenizer/), or its name on the
+Hub. It takes 11 GB of memory; on a CPU, where bf16 is slow, twice as much if there is.
 
     python data/embed_text.py --prompt="a red ball falls onto a wooden floor" --out=prompt.safetensors
-    python data/embed_text.py --encoder=Wan2.2-TI2V-5B-Diffusers --prompt="..." --negative="blurry, static"
-    python data/embed_text.py --encoder=Wan2.2-TI2V-5B --prompt="..."                    # the official folder
+    python data/embed_text.py --encoder=Wan2.2-TI2V-5B --prompt="..." --negative="blurry, static"
     python data/embed_text.py --captions=CLIPS/clips.jsonl --out=captions.safetensors     # to train with --text_emb
+    python data/embed_text.py --commands="sft.py --preset=wan5b; dpo.py --preset=wan5b; eval.py --preset=wan5b" \
+        --out=captions.safetensors               # all captions that these commands will read
 
 The first two files hold text and negative, (length, 4096) each, without padding: the DiT pads with zeros, as Wan was
-trained. The last holds one such tensor a caption, and the captions; more are added to a file that is there.
+trained. The others hold one such tensor a caption, and the captions; more are added to a file that is there. One file
+serves all stages: as captions.safetensors in their --data, from where each takes it along, or as --text_emb=FILE.
 """
+import importlib
 import os
 import re
+import shlex
 import sys
 from dataclasses import dataclass
 
@@ -23,16 +28,17 @@ import common
 from common import InputError
 from sample import UMT5
 
-
-HUB = "Wan-AI/Wan2.2-TI2V-5B-Diffusers"
+HUB = "Wan-AI/Wan2.2-TI2V-5B"
+STAGES = ("sft.py", "dpo.py", "eval.py")           # what reads captions
 
 
 @dataclass
 class Config:
     prompt: str = ""                # what shall happen
     captions: str = ""              # or many: a clips.jsonl (see simdata.py), or a text file with a caption a line
+    commands: str = ""              # or all that these will read, with semicolons between: "sft.py ...; eval.py ..."
     negative: str = ""              # what shall not
-    encoder: str = ""               # a folder of diffusers' or of Wan's own, or a name on the Hub; empty: HUB
+    encoder: str = ""               # a folder of Wan's own or of diffusers', or a name on the Hub; empty: HUB
     out: str = "prompt.safetensors"  # the file to write
     length: int = 512               # tokens at most; longer prompts are cut
     device: str = "auto"            # auto, cuda, mps or cpu
@@ -68,22 +74,40 @@ def official(path, dtype, device):
     return model
 
 
+def precision(path, device):
+    """In which a umT5 is run: fp32 on a CPU, where bf16 is slow, if there is the memory for it, else bf16, as Wan does.
+    Raises InputError if there is none for that either."""
+    with common.open_weights(path) as (found, _):
+        billions = 1e-9 * sum(shape.numel() for shape, _ in found.values())
+    free = 1e-9 * common.free_memory(device)
+    if device.type == "cpu" and 4 * billions < free:
+        return torch.float32
+    if 2 * billions < free:
+        return torch.bfloat16
+    raise InputError(f"umT5 in {path} needs {2 * billions:.1f} GB, --device={device} has {free:.1f} GB free; expected "
+                     "a device with more, or --text_emb=FILE, embeddings that data/embed_text.py made elsewhere")
+
+
 @torch.no_grad()
 def embed(prompts, encoder, length=512, device="cpu"):
     """Strings -> a list of features (L_i, width), float32 on the CPU, L_i <= length with the end token.
 
     encoder: a folder with text_encoder/ and tokenizer/, one with Wan's own file and google/umt5-xxl/, or a name on the
     Hub; "" or a folder of weights without any is HUB.
-    Raises InputError without transformers, or without an encoder and its tokenizer at that place."""
+    Raises InputError without transformers, without an encoder and its tokenizer at that place, or without memory."""
     try:
         from transformers import AutoTokenizer, UMT5EncoderModel
     except ImportError:
         raise InputError("a prompt for Wan needs umT5, and that the package transformers: pip install transformers; or "
                          "--text_emb=FILE, embeddings that data/embed_text.py made elsewhere") from None
-    own = os.path.exists(f"{encoder}/{UMT5}")
-    bare = os.path.isdir(encoder) and not own and not os.path.isdir(f"{encoder}/text_encoder")
-    encoder = HUB if bare or not encoder else encoder
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    holds = lambda part: os.path.exists(f"{encoder}/{part}")
+    bare = os.path.isdir(encoder) and not holds(UMT5) and not holds("text_encoder")
+    if bare or not os.path.isdir(encoder):
+        from data.fetch import download
+        encoder = download(HUB if bare or not encoder else encoder, "text_encoder/*", "tokenizer/*", UMT5,
+                           "google/umt5-xxl/*")
+    own = holds(UMT5)
+    dtype = precision(f"{encoder}/{UMT5 if own else 'text_encoder'}", device)
     try:
         if own:
             tokenizer = AutoTokenizer.from_pretrained(f"{encoder}/google/umt5-xxl")
@@ -93,7 +117,8 @@ def embed(prompts, encoder, length=512, device="cpu"):
             model = UMT5EncoderModel.from_pretrained(encoder, subfolder="text_encoder", torch_dtype=dtype).to(device)
     except (OSError, ValueError) as error:
         where = f"{UMT5} and google/umt5-xxl/" if own else "text_encoder/ and tokenizer/"
-        raise InputError(f"--encoder={encoder}: no umT5 in {where} there: {str(error).splitlines()[0]}") from None
+        raise InputError(f"{encoder} has no umT5 in {where}: {str(error).splitlines()[0]}; expected a folder that has, "
+                         "or embeddings, which data/embed_text.py --encoder=FOLDER makes with another's") from None
     model.eval()
     out = []
     for prompt in prompts:
@@ -102,43 +127,68 @@ def embed(prompts, encoder, length=512, device="cpu"):
     return out
 
 
-def read_captions(path, width):
-    """A file of captions' features -> {caption: (L, width)}. Raises InputError if it is another kind of file."""
-    tensors, config = common.read_weights(path)
-    known = {caption: tensors.get(f"caption{i}") for i, caption in enumerate(config.get("captions", []))}
-    if not known or any(v is None or v.dim() != 2 or v.shape[1] != width for v in known.values()):
-        raise InputError(f"{path} holds no features of captions, (length, {width}) each; make it with python "
-                         "data/embed_text.py --captions=clips.jsonl")
+def read_captions(path, width=None, wanted=None):
+    """A file of captions' features -> {caption: (L, width)}: of those that are wanted, by default of all.
+    Raises InputError if it is another kind of file, or of another width."""
+    with common.open_weights(path) as (found, config):                   # of thousands only those that are wanted
+        names = {caption: f"caption{i}" for i, caption in enumerate(config.get("captions", []))}
+        shapes = [found[k][0] if k in found else () for k in names.values()]
+        known = {c: found[k][1]() for c, k in names.items() if k in found and (wanted is None or c in wanted)}
+    if not shapes or any(len(shape) != 2 or shape[1] != (width or shapes[0][1]) for shape in shapes):
+        raise InputError(f"{path} holds no features of captions, (length, {width or 'width'}) each; make it with "
+                         "python data/embed_text.py --captions=clips.jsonl")
     return known
 
 
-def write_captions(path, captions, encoder, device, known={}, length=512):
-    """Embed captions and write them to the file, after those that are `known`. -> {caption: (L, width) bf16}."""
+def write_captions(path, captions, encoder, device, length=512):
+    """Embed captions and add them to those that the file has, if it is there. -> {caption: (L, width) bf16}."""
+    known = read_captions(path) if os.path.exists(path) else {}
     found = dict(zip(captions, (x.bfloat16() for x in embed(captions, encoder, length, device))))
     both = known | found
+    widths = [x.shape[1] for x in both.values()]
+    if widths[0] != widths[-1]:
+        raise InputError(f"{path} holds features of width {widths[0]}, this text encoder's are {widths[-1]} wide; "
+                         "expected another file or another encoder")
     common.save_weights(path, {f"caption{i}": v for i, v in enumerate(both.values())}, dict(captions=list(both)))
     return found
+
+
+def read_by(commands):
+    """Command lines of STAGES, with semicolons between -> the captions that they will read, as they say themselves."""
+    captions = []
+    for command in commands.split(";"):
+        try:
+            script, *flags = shlex.split(command) or [""]
+        except ValueError as error:
+            raise InputError(f"--commands: {command.strip()}: {error}") from None
+        if script not in STAGES:
+            raise InputError(f"--commands: {command.strip()!r} begins with none of {', '.join(STAGES)}")
+        stage = importlib.import_module(script[:-3])
+        captions += stage.captions(common.parse_config(stage.Config, flags, stage.PRESETS))
+    return captions
 
 
 def main():
     cfg = common.parse_config(Config, sys.argv[1:])
     common.check_range(cfg, length=(1, 512))
-    if bool(cfg.prompt) == bool(cfg.captions):
-        raise InputError('expected a prompt or a file of captions; for example --prompt="a red ball falls"')
+    if len([x for x in (cfg.prompt, cfg.captions, cfg.commands) if x.strip()]) != 1:
+        raise InputError('expected a prompt, a file of captions or commands; for example --prompt="a red ball falls"')
     common.check_writable(cfg.out)
     device, _, _ = common.setup(cfg.device)
-    if cfg.captions:
-        if not os.path.isfile(cfg.captions):
+    if cfg.captions or cfg.commands:
+        if cfg.captions and not os.path.isfile(cfg.captions):
             raise InputError(f"--captions={cfg.captions}: no such file; expected a clips.jsonl or a text file")
-        if cfg.captions.endswith(".jsonl"):
+        if cfg.commands:
+            captions = read_by(cfg.commands)
+        elif cfg.captions.endswith(".jsonl"):
             captions = {str(line.get("caption", "")) for line in common.read_lines(cfg.captions)}
         else:
             with open(cfg.captions, encoding="utf-8", errors="replace") as f:
                 captions = {line.strip() for line in f}
-        known = read_captions(cfg.out, 4096) if os.path.exists(cfg.out) else {}
+        known = read_captions(cfg.out) if os.path.exists(cfg.out) else {}
         captions = sorted({"", *captions} - known.keys())
         if captions:
-            write_captions(cfg.out, captions, cfg.encoder, device, known, cfg.length)
+            write_captions(cfg.out, captions, cfg.encoder, device, cfg.length)
         print(f"wrote {cfg.out}: {len(known) + len(captions)} captions")
         return
     text, negative = embed([cfg.prompt, cfg.negative], cfg.encoder, cfg.length, device)

@@ -5,10 +5,13 @@ than its file):
     python data/to_diffusers.py --lora=out/dpo/lora2.safetensors --out=lora.safetensors   # pipe.load_lora_weights(...)
     python data/to_diffusers.py --dit=out/sft/dit.safetensors --out=transformer           # WanTransformer3DModel
     python data/to_diffusers.py --vae=out/vae/vae.safetensors --out=vae                   # AutoencoderKLWan
+    python data/to_diffusers.py --data=out/wan5b --out=wan5b             # WanImageToVideoPipeline.from_pretrained(...)
 
 Physical tokens do not travel: diffusers' DiT has no place for them. A DiT that was trained with them loses their type
-embedding (this is said), and a LoRA acts as it does in a clip without them.
+embedding, and a LoRA acts as it does in a clip without them (both are said). A pipeline's folder gets links to the text
+encoder and the tokenizer in --data, if they are diffusers'; Wan's own it could not read.
 """
+import json
 import os
 import re
 import sys
@@ -19,6 +22,7 @@ import torch
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import common
 import model as M
+import sample
 import vae as V
 from common import InputError
 
@@ -28,7 +32,8 @@ class Config:
     dit: str = ""                   # a DiT of ours that reads text features
     lora: str = ""                  # a LoRA of dpo.py
     vae: str = ""                   # a video VAE of ours
-    out: str = ""                   # a folder for dit and vae, a .safetensors file for lora
+    data: str = ""                  # a folder with both, dit.safetensors and vae.safetensors, for a whole pipeline
+    out: str = ""                   # a folder for data, dit and vae, a .safetensors file for lora
 
 
 def renamed(key, table):
@@ -89,17 +94,44 @@ def lora_to_diffusers(path, out):
              (r"ffn\.0", "ffn.net.0.proj"), (r"ffn\.2", "ffn.net.2"), (r"lora_([AB])$", r"lora_\1.weight"))
     common.save_weights(out, {f"transformer.{renamed(k, names)}": v * (c["alpha"] / c["rank"] if k.endswith("B") else 1)
                               for k, v in tensors.items()}, c)
-    return []
+    return ["physical tokens, if it was trained with them"]
+
+
+def pipeline_to_diffusers(data, out):
+    """A folder of DiT and VAE -> one for WanImageToVideoPipeline.from_pretrained; -> what had to stay behind."""
+    import diffusers
+    behind = dit_to_diffusers(f"{data}/dit.safetensors", f"{out}/transformer")
+    behind += vae_to_diffusers(f"{data}/vae.safetensors", f"{out}/vae")
+    with common.open_weights(f"{data}/dit.safetensors") as (_, config):
+        preset = next((k for k in sample.PUBLISHED if M.CONFIGS[k]["in_dim"] == config["in_dim"]), "wan5b")
+    diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True,
+        flow_shift=sample.PRESETS[preset]["shift"]).save_pretrained(f"{out}/scheduler")
+    for part in ("text_encoder", "tokenizer"):
+        if os.path.exists(f"{data}/{part}") and not os.path.exists(f"{out}/{part}"):
+            os.symlink(os.path.realpath(f"{data}/{part}"), f"{out}/{part}")
+    index = dict(
+        _class_name="WanImageToVideoPipeline", _diffusers_version=diffusers.__version__, expand_timesteps=True,
+        transformer=["diffusers", "WanTransformer3DModel"], vae=["diffusers", "AutoencoderKLWan"],
+        scheduler=["diffusers", "UniPCMultistepScheduler"], text_encoder=["transformers", "UMT5EncoderModel"],
+        tokenizer=["transformers", "PreTrainedTokenizerFast"])                           # reads any tokenizer.json
+    with common.atomic(f"{out}/model_index.json") as tmp, open(tmp, "w") as f:
+        json.dump(index, f, indent=1)
+    if not os.path.exists(f"{out}/text_encoder"):
+        print("text_encoder/ and tokenizer/ are not there: link those of diffusers' version of the model, or give "
+              "from_pretrained text_encoder=None, tokenizer=None and the pipeline prompt_embeds")
+    return behind
 
 
 def main():
     cfg = common.parse_config(Config, sys.argv[1:])
-    given = [k for k in ("dit", "lora", "vae") if getattr(cfg, k)]
+    given = [k for k in ("dit", "lora", "vae", "data") if getattr(cfg, k)]
     if len(given) != 1 or not cfg.out:
-        raise InputError("expected one of --dit=FILE, --lora=FILE, --vae=FILE, and --out")
+        raise InputError("expected one of --dit=FILE, --lora=FILE, --vae=FILE, --data=FOLDER, and --out")
     common.check_writable(f"{cfg.out.rstrip('/')}.part" if given != ["lora"] else cfg.out)
     try:
-        convert = dict(dit=dit_to_diffusers, lora=lora_to_diffusers, vae=vae_to_diffusers)[given[0]]
+        convert = dict(dit=dit_to_diffusers, lora=lora_to_diffusers, vae=vae_to_diffusers,
+                       data=pipeline_to_diffusers)[given[0]]
         behind = convert(getattr(cfg, given[0]), cfg.out)
     except ImportError:
         raise InputError("this needs the package diffusers: pip install diffusers") from None
