@@ -277,8 +277,8 @@ def main():
     if not features and os.path.exists(path := cfg.ckpt or f"{cfg.data}/dit.safetensors"):
         features = common.read_config(path).get("text") == "features"
     if cfg.model != "nano" and not features:
-        raise InputError(f"{cfg.model} needs --weights=FOLDER, with the published files of {PUBLISHED[cfg.model][0]}, or "
-                         "--data=FOLDER, a run of sft.py on them")
+        raise InputError(f"{cfg.model} needs --weights=FOLDER, with the published files of {PUBLISHED[cfg.model][0]}, "
+                         "or --data=FOLDER, a run of sft.py on them")
     if cfg.weights and cfg.model not in PUBLISHED:
         raise InputError(f"--weights={cfg.weights}: published files go with --preset={' or --preset='.join(PUBLISHED)}")
     if cfg.weights:                                # before gigabytes are read
