@@ -30,7 +30,8 @@ from common import InputError
 
 # chosen on the val split, data/RESULTS_drop.md
 DEFAULT_STAGE, DEFAULT_TEMPERATURE = 3, 0.45
-PUBLISHED = {"wan5b": ("Wan2.2-TI2V-5B", 32), "wan1.3b": ("Wan2.1-T2V-1.3B", 16)}   # and what sides are multiples of
+PUBLISHED = {"wan5b": "Wan2.2-TI2V-5B", "wan1.3b": "Wan2.1-T2V-1.3B"}
+SIDES = {"wan5b": 32, "wan1.3b": 16}               # those of their videos are multiples of, in pixels
 SMALL = 128                                        # pixels a side; larger clips are made one by one, decoded in parts
 UMT5 = "models_t5_umt5-xxl-enc-bf16.pth"           # in Wan's own folders, with its tokenizer in google/umt5-xxl/
 TEXT_ENCODER = ("text_encoder", "tokenizer", UMT5, "google")                         # diffusers' and Wan's own
@@ -277,12 +278,12 @@ def main():
     if not features and os.path.exists(path := cfg.ckpt or f"{cfg.data}/dit.safetensors"):
         features = common.read_config(path).get("text") == "features"
     if cfg.model != "nano" and not features:
-        raise InputError(f"{cfg.model} needs --weights=FOLDER, with the published files of {PUBLISHED[cfg.model][0]}, "
+        raise InputError(f"{cfg.model} needs --weights=FOLDER, with the published files of {PUBLISHED[cfg.model]}, "
                          "or --data=FOLDER, a run of sft.py on them")
     if cfg.weights and cfg.model not in PUBLISHED:
         raise InputError(f"--weights={cfg.weights}: published files go with --preset={' or --preset='.join(PUBLISHED)}")
     if cfg.weights:                                # before gigabytes are read
-        common.check_sides(cfg, ("height", "width"), PUBLISHED[cfg.model][1])
+        common.check_sides(cfg, ("height", "width"), SIDES[cfg.model])
     out = cfg.out or f"out/{os.path.splitext(os.path.basename(cfg.image))[0]}.mp4"
     if os.path.splitext(out)[1].lower() not in common.VIDEO_EXTENSIONS:
         raise InputError(f"--out={out}: expected a name that ends in {', '.join(common.VIDEO_EXTENSIONS)}")
