@@ -18,6 +18,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import zipfile
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
@@ -226,6 +227,9 @@ def _begin():
     torch.set_num_threads(1)
     keep_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)   # Ctrl-C reaches the whole group; the process that started it ends it
+    # one that was killed cannot: without it nobody would ever send work, or an end
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def each(x, convert):

@@ -733,11 +733,11 @@ def main():
     more = {}
     for row in filter(None, cfg.rows.split(",")):
         name, _, place = row.partition("=")
-        folder, _, stage = place.rpartition(":")
-        if not name or not folder or stage not in ("1", "2", "3", "head"):
+        at, _, stage = place.rpartition(":")
+        if not name or not at or stage not in ("1", "2", "3", "head"):
             raise common.InputError(f"--rows: {row!r}: expected NAME=FOLDER:STAGE, for example plain=out/plain:1; a "
                                     "stage is 1, 2, 3 or head (1 with head3)")
-        more[name] = folder, stage if stage == "head" else int(stage)
+        more[name] = at, stage if stage == "head" else int(stage)
     device, rank, _ = common.setup(cfg.device)
     options = dict(best_of=cfg.best_of, references=cfg.references, chunk=cfg.chunk, steps=cfg.steps, cfg=cfg.cfg,
                    temperature=cfg.temperature, size=cfg.size, frames=cfg.frames, fps=cfg.fps)

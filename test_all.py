@@ -2128,6 +2128,36 @@ def test_any_picture(tmp_path):
     assert (turned[:, 5] < 0).all() != (turned[:, -5] < 0).all() and turned[:, 5].std() < 0.01
 
 
+def test_no_process_outlives_the_one_that_started_it(tmp_path):
+    """Killed as a computer kills, so that it cannot tell anybody, a run leaves no simulating processes behind."""
+    (tmp_path / "wait.py").write_text(f"""if __name__ == "__main__":
+    import sys
+    sys.path.insert(0, {HERE!r})
+    import time, common
+    for _ in common.side_by_side(time.sleep, [(60,)] * 2):
+        pass
+""")
+    env = {k: v for k, v in os.environ.items() if k != "LOCAL_WORLD_SIZE"}
+    process = subprocess.Popen([sys.executable, "wait.py"], cwd=tmp_path, env=env)
+
+    def started():
+        found = []
+        for pid in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as f:
+                found += [int(pid)] * (int(f.read().rpartition(")")[2].split()[1]) in (process.pid, *found))
+        return found
+    deadline = time.time() + 60
+    while len(children := started()) < 2 and time.time() < deadline:
+        time.sleep(0.1)
+    time.sleep(3)                                  # until they work
+    process.kill()
+    process.wait()
+    alive = lambda: [pid for pid in children if os.path.exists(f"/proc/{pid}")]
+    while alive() and time.time() < deadline:
+        time.sleep(0.1)
+    assert len(children) >= 2 and not alive()
+
+
 def test_clips_made_side_by_side_are_the_same(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
     both = list(common.side_by_side(V.clips, [("drop", "val", 2, 0, 0), ("drop", "val", 1, 0, 2)]))
