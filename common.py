@@ -233,9 +233,11 @@ def _begin():
 
 
 def each(x, convert):
-    """A dict of tensors, dicts and whatever else -> the same with every tensor (or array) converted."""
+    """A dict, tuple or list of tensors, of such and whatever else -> the same with every tensor (or array) converted."""
     if isinstance(x, dict):
         return {k: each(v, convert) for k, v in x.items()}
+    if isinstance(x, (tuple, list)):
+        return type(x)(each(v, convert) for v in x)
     return convert(x) if isinstance(x, (torch.Tensor, np.ndarray)) else x
 
 

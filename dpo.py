@@ -80,7 +80,7 @@ class Config:
     eval_clips: int = 160           # val clips that are sampled then
     temperature: float = sample.DEFAULT_TEMPERATURE  # scale of their initial noise; that of candidates is 1
     checkpointing: bool = False     # compute activations again in the backward pass instead of keeping them
-    in_turn: bool = False           # winner and loser one after the other: less memory, a quarter more work
+    in_turn: bool = False           # clips one after the other through the network: less memory, a quarter more work
     seed: int = 0                   # of pairs, order, noise
     resume: bool = False            # go on from the run folder
     device: str = "auto"            # auto, cuda, mps or cpu
@@ -365,21 +365,28 @@ def train(cfg, stage, around, models, pairs, held_out, folder, stop, device, ran
         with common.autocast(device):
             seen = encoder.features(photo) if encoder is not None else None
             said = models.read(M.tokens_to_strings(row["text"])) if models.text else row["text"][:, :M.BYTES].long()
-            errors = lambda net, *clips: net(seen, row["first"].float(), clips, said.to(device), t[mine], eps[mine])
             pair = row["winner"].float(), row["loser"].float()
+            given = seen, row["first"].float(), said.to(device), t[mine], eps[mine]
+            parts = [slice(i, i + 1) for i in range(len(photo))] if cfg.in_turn else [slice(None)]
+
+            def errors(net, part, *clips):
+                about, first, text, *noise = common.each(given, lambda x: x[part])
+                return net(about, first, [clip[part] for clip in clips], text, *noise)
+            whole = lambda net: map(torch.cat, zip(*(errors(net, part, *pair) for part in parts)))  # (B,), (B,)
             with torch.no_grad():                  # the same module, the same precision, the tensors of step 0
-                ref_w, ref_l = errors(lambda *x: torch.func.functional_call(raw, reference, x), *pair)
+                ref_w, ref_l = whole(lambda *x: torch.func.functional_call(raw, reference, x))
             with torch.set_grad_enabled(not cfg.in_turn):
-                err_w, err_l = (e.requires_grad_() for e in errors(raw if cfg.in_turn else model, *pair))  # (B,), (B,)
+                err_w, err_l = (e.requires_grad_() for e in whole(raw if cfg.in_turn else model))
         preference = dpo_loss(err_w, err_l, ref_w, ref_l, cfg.beta)
         loss = preference.mean() + cfg.sft * err_w.mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        if cfg.in_turn:                            # so far down to both errors; now through the network, one by one
-            for clip, slope in zip(pair, (err_w.grad, err_l.grad)):
-                with common.autocast(device):
-                    error, = errors(model, clip)
-                (error * slope).sum().backward()
+        if cfg.in_turn:                            # so far down to all errors; now through the network, one by one
+            for part in parts:
+                for clip, slope in zip(pair, (err_w.grad, err_l.grad)):
+                    with common.autocast(device):
+                        error, = errors(model, part, clip)
+                    (error * slope[part]).sum().backward()
         norm = nn.utils.clip_grad_norm_(trained.values(), 1.0)
         optimizer.step()
 
