@@ -367,12 +367,12 @@ def train(cfg, stage, around, models, pairs, held_out, folder, stop, device, ran
             said = models.read(M.tokens_to_strings(row["text"])) if models.text else row["text"][:, :M.BYTES].long()
             pair = row["winner"].float(), row["loser"].float()
             given = seen, row["first"].float(), said.to(device), t[mine], eps[mine]
-            parts = [slice(i, i + 1) for i in range(len(photo))] if cfg.in_turn else [slice(None)]
+            turns = [slice(i, i + 1) for i in range(len(photo))] if cfg.in_turn else [slice(None)]
 
             def errors(net, part, *clips):
                 about, first, text, *noise = common.each(given, lambda x: x[part])
                 return net(about, first, [clip[part] for clip in clips], text, *noise)
-            whole = lambda net: map(torch.cat, zip(*(errors(net, part, *pair) for part in parts)))  # (B,), (B,)
+            whole = lambda net: map(torch.cat, zip(*(errors(net, part, *pair) for part in turns)))  # (B,), (B,)
             with torch.no_grad():                  # the same module, the same precision, the tensors of step 0
                 ref_w, ref_l = whole(lambda *x: torch.func.functional_call(raw, reference, x))
             with torch.set_grad_enabled(not cfg.in_turn):
@@ -382,7 +382,7 @@ def train(cfg, stage, around, models, pairs, held_out, folder, stop, device, ran
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if cfg.in_turn:                            # so far down to all errors; now through the network, one by one
-            for part in parts:
+            for part in turns:
                 for clip, slope in zip(pair, (err_w.grad, err_l.grad)):
                     with common.autocast(device):
                         error, = errors(model, part, clip)
