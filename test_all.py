@@ -1192,7 +1192,7 @@ def test_in_your_pipeline_parity(grid, tmp_path):
         assert torch.equal(say(), alone)
 
 
-def test_in_your_pipeline_runs():
+def test_in_your_pipeline_parity_command():
     pytest.importorskip("diffusers")
     said = run("data/in_your_pipeline.py").stdout
     assert re.match(r"4 x 4 physical tokens of drop.png change what the DiT says by [1-9]", said), said
