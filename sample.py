@@ -140,13 +140,18 @@ def load_published(folder, name="wan5b", device="cpu", dtype=None):
                          "folder")
     vae_config = read(f"{vae_path}/config.json", V.diffusers_config, V.CONFIGS[f"wan{version}"])
     dtype = dtype or common.precision(torch.device(device))
+    for path in (dit_path, vae_path):
+        common.weight_files(path)                  # they are there, before it is asked whether they fit
     with torch.device("meta"):                     # no memory before the weights come
         dit = M.VideoDiT(wan)
         size = 1e-9 * dtype.itemsize * sum(p.numel() for p in dit.parameters()) + 4e-9 * sum(
             p.numel() for p in V.VideoVAE(vae_config).parameters())
-    if size > (free := common.free_memory(torch.device(device)) / 1e9):
+    free, main = (common.free_memory(torch.device(where)) / 1e9 for where in (device, "cpu"))
+    if size > free:
+        fits = ["a device with as much"] + ["--device=cpu"] * (free < size < main) + [
+            "--preset=wan1.3b, which takes 3.4 GB in bf16"] * (name == "wan5b" and free > 3.4)
         raise InputError(f"the weights in {folder} need {size:.1f} GB, --device={device} has {free:.1f} GB free; "
-                         "expected a device with more, or --device=cpu")
+                         f"expected {', or '.join(fits)}")
     common.load_weights(dit, dit_path, dtype, device)
     vae = V.load_vae(vae_path, vae_config, device)
     if vae.config["z_dim"] != wan["in_dim"]:
