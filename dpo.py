@@ -13,8 +13,9 @@ pairs that the simulator judges, so that no human labels are needed.
 Pairs: for each scene the Stage-I model draws K clips from K noise seeds; the parser finds the bodies, the simulator
 says where they should be, and any two clips a margin apart become a pair, once as they are and once in a mirror. They
 lie in out/pairs/: shards of safetensors (first, winner, loser: VAE latents; photo: uint8; text: bytes) beside a .jsonl
-with caption, scores, scene, mirrored or not and source, one line a pair. Any pairs in that format can be added: the
-truth as winner, other models, people's choices.
+with caption, scores, scene, mirrored or not, source, and who won and lost ("sample 2", "truth"), one line a pair. Any
+pairs in that format can be added: the truth as winner, other models, people's choices. A pool that was made with
+--truth=True serves without it as well. What the scenes look like and what judges them is kept in out/scenes/.
 
 Flow-DPO (PhysMaster Eq. 3), v = eps - x0, the same t and eps for winner and loser, constant beta:
     L = -log sigmoid(-beta / 2 * [(e_w - e_w_ref) - (e_l - e_l_ref)]),    e = mean (v - v_theta)^2
