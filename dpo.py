@@ -271,15 +271,15 @@ def load_pairs(cfg, models, pool, rank):
     stamp, parts, lines = pair_stamp(cfg, models), [], []
     for name in names:
         tensors, made = common.read_weights(f"{pool}/{name}.safetensors")
-        for key in made.keys() & stamp.keys():     # pairs from elsewhere carry only what they know
-            # where the truth is a candidate, there are the pairs without it as well
-            if made[key] != stamp[key] and not (key == "truth" and made[key]):
-                raise common.InputError(f"{pool}/{name}.safetensors was made with another {key}; delete {pool} "
-                                        "or choose another --pool")
         if not os.path.exists(f"{pool}/{name}.jsonl"):
             raise common.InputError(f"{pool}/{name}.jsonl is missing; it belongs to {name}.safetensors")
         with open(f"{pool}/{name}.jsonl") as f:
             notes = [json.loads(line) for line in f]
+        for key in made.keys() & stamp.keys():     # pairs from elsewhere carry only what they know
+            # where the truth is a candidate, there are the pairs without it as well, if their lines say who is who
+            if made[key] != stamp[key] and not (key == "truth" and made[key] and all("winner" in n for n in notes)):
+                raise common.InputError(f"{pool}/{name}.safetensors was made with another {key}; delete {pool} "
+                                        "or choose another --pool")
         if len(notes) != len(tensors["winner"]):
             raise common.InputError(f"{pool}/{name}: {len(notes)} lines in .jsonl, "
                                     f"{len(tensors['winner'])} pairs in .safetensors")
