@@ -43,7 +43,7 @@ def run(main):
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except (torch.OutOfMemoryError, RuntimeError) as error:
+    except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         print(f"error: out of memory: {str(error).splitlines()[0][:200]} Fewer frames, smaller sides, fewer clips at a "
@@ -233,7 +233,7 @@ def _begin():
 
 
 def each(x, convert):
-    """A dict, tuple or list of tensors, of such and whatever else -> the same with every tensor (or array) converted."""
+    """A dict, tuple or list of tensors, such and whatever else -> the same with every tensor (or array) converted."""
     if isinstance(x, dict):
         return {k: each(v, convert) for k, v in x.items()}
     if isinstance(x, (tuple, list)):

@@ -2129,6 +2129,20 @@ def test_any_picture(tmp_path):
     assert (turned[:, 5] < 0).all() != (turned[:, -5] < 0).all() and turned[:, 5].std() < 0.01
 
 
+def test_what_was_simulated_is_remembered_until_its_code_changes(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    source = "calls = []\ndef f(n):\n    calls.append(n)\n    return {'x': torch.full((2,), n), 'who': ['a']}\n"
+    (tmp_path / "made_up.py").write_text("import torch\n" + source)
+    import made_up
+    ask = lambda n: common.remembered(str(tmp_path / "kept"), made_up.f, n)
+    assert [ask(n)["x"].tolist() for n in (1, 2, 1)] == [[1, 1], [2, 2], [1, 1]] and made_up.calls == [1, 2]
+    assert ask(2)["who"] == ["a"]
+    with open(tmp_path / "made_up.py", "a") as f:
+        f.write("# another world\n")
+    ask(1)
+    assert made_up.calls == [1, 2, 1]
+
+
 def test_no_process_outlives_the_one_that_started_it(tmp_path):
     """Killed as a computer kills, so that it cannot tell anybody, a run leaves no simulating processes behind."""
     (tmp_path / "wait.py").write_text(f"""if __name__ == "__main__":
@@ -2503,8 +2517,12 @@ def test_dpo_runs_and_resumes(tmp_path, monkeypatch):
     # with less memory the same, but for rounding, which is that of fp32 on every machine here
     with monkeypatch.context() as patch:
         patch.setattr(common, "precision", lambda device: torch.float32)
+        learned, flow_loss = [], M.flow_loss       # how many clips go through the network with gradients at a time
+        patch.setattr(M, "flow_loss", lambda dit, x0, *rest: (
+            learned.append(len(x0)) if torch.is_grad_enabled() else None) or flow_loss(dit, x0, *rest))
         for name, flags in (("whole", ()), ("turn", ("--in_turn=True", "--checkpointing=True"))):
             run("dpo.py", *tiny, f"--name={name}", "--steps=3", "--stages=2", *flags, cwd=tmp_path)
+    assert learned == 3 * [4] + 3 * 4 * [1]
     # (the gradients' running means: Adam makes a whole step of one that is nothing but rounding)
     whole, turn = (read_all(tmp_path / f"out/{name}/state2.safetensors") for name in ("whole", "turn"))
     means = [k for k in turn if k.endswith("exp_avg")]
@@ -2560,6 +2578,12 @@ def test_dpo_runs_and_resumes(tmp_path, monkeypatch):
     two_ranks(f"{HERE}/dpo.py", *tiny, "--name=ranks", "--steps=1", cwd=tmp_path)
     ranks = [json.loads(line) for line in open(tmp_path / "out/ranks/metrics2.jsonl")]
     assert next(e for e in ranks if "loss" in e)["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    # without heat all candidates of a scene are one
+    run("dpo.py", *tiny, "--name=cold", "--steps=0", "--heat=0", "--pool=out/cold_pairs", cwd=tmp_path)
+    for pool, same in (("cold_pairs", True), ("kept", False)):
+        shard = read_all(tmp_path / f"out/{pool}/0000.safetensors")
+        assert torch.equal(shard["winner"], shard["loser"]) == same
+    refused("dpo.py", *tiny, "--name=c", "--heat=0.5", cwd=tmp_path, says="another heat")
     refused("dpo.py", *tiny, "--name=c", "--pool=out/c", cwd=tmp_path, says="expected another folder than the run's")
     refused("dpo.py", *tiny, "--name=c", "--margin=9", cwd=tmp_path, says="another margin")
     os.truncate(tmp_path / "out/pairs/0000.jsonl", 0)
