@@ -13,12 +13,12 @@ python=${PYTHON:-python}
 sft() {                                     # a run of Stage I: its name, then its flags
     name=rows/$seed/$1; shift
     [ -e "out/$name/dit.safetensors" ] || $python sft.py --resume=True --name="$name" --seed="$seed" \
-        --steps=800 --eval_every=800 ${GPU:+--graphs=True} "$@"
+        --steps=400 --eval_every=400 --warmup=50 --lr=1e-2 --adam_lr=4e-3 ${GPU:+--graphs=True} "$@"
 }
 dpo() {                                     # a run of preferences: its name, the file that ends it, then its flags
     name=rows/$seed/$1; last=$2; shift 2
     [ -e "out/$name/$last.safetensors" ] || ${LAUNCH:-$python} dpo.py --resume=True --name="$name" --seed="$seed" \
-        --pairs=640 --steps=300 --eval_every=100 --eval_clips=80 "$@"
+        --pairs=320 --steps=150 --eval_every=50 --eval_clips=80 "$@"
 }
 
 table() {
@@ -28,14 +28,14 @@ table() {
     [ -e $rows/row8/head3.safetensors ] || dpo made3 none $I --truth=True --steps=0
     dpo row8 head3 $I                                                      # 5 and 8: Stages II and III
     dpo row6 head3 $I --stages=head                                        # 6: Stage I, DPO of the encoder
-    # Controls, after Stage I. 720 steps on truth take as many passes through the DiT as Stage II with its pairs does:
-    # 640 scenes x 4 candidates x 12 sampler steps, and 300 steps x 16 pairs x 2 clips x (2 forward, 2 backward)
+    # Controls, after Stage I. 360 steps on truth take as many passes through the DiT as Stage II with its pairs does:
+    # 320 scenes x 4 candidates x 12 sampler steps, and 150 steps x 16 pairs x 2 clips x (2 forward, 2 backward)
     sft more --init_from=$rows/row3/dit.safetensors $truth
     dpo winners lora2 $I --stages=2 $one --beta=0                          # SFT on the winners alone
     dpo best lora2 $I $T                                                   # DPO, the truth a candidate
-    dpo truth lora2 $I $T --beta=0                                         # SFT of the LoRA on the truth
-    dpo plain lora2 $I --stages=2 $one --sft=0                             # the paper's pairs and its loss alone
     [ "$seed" = 0 ] || return 0                                            # the rest is of less interest: one seed
+    dpo plain lora2 $I --stages=2 $one --sft=0                             # the paper's pairs and its loss alone
+    dpo truth lora2 $I $T --beta=0                                         # SFT of the LoRA on the truth
     dpo row7 head3 $I --stages=both                                        # 7: Stage I, DPO of both
     dpo row4 lora2 --data=$rows/row2 --pool=$rows/pairs2 --stages=2        # 4: row 2, DPO of the DiT
     dpo row9 head3 $I --stages=2,both                                      # 9: Stage II, DPO of both
@@ -83,7 +83,7 @@ case "$1:$2" in
     *) echo "error: data/rows.sh $*: expected table or encoder and training seeds, as in: sh data/rows.sh table 0 1 2" >&2
        exit 2 ;;
 esac
-truth="--steps=720 --eval_every=720 --lr=2e-3 --adam_lr=1e-3"              # going on with it, see table
+truth="--steps=360 --eval_every=360 --lr=2e-3 --adam_lr=1e-3"              # going on with it, see table
 one="--best_only=True --mirror=False"                                       # best against worst, and no other pair
 for seed in "$@"; do
     rows=out/rows/$seed
