@@ -582,27 +582,39 @@ def table_one(cfg, places, options, device, rank):
     def new(place, best_of):
         return {run: models for run, (models, _, stamp, flat) in runs.items()
                 if models and stamp["best_of"] == best_of and not any(f"|{place}|" in key for key in flat)}
+
+    def own(run, place):
+        """{metric: (n,)}: a row's scores there, as far as it has been judged."""
+        start = f"{run.partition(': ')[2]}|{place}|"
+        return {key.removeprefix(start): v for key, v in runs[run][3].items() if key.startswith(start)}
     todo = [place for place in places if new(place, 1) or new(place, 4)]
     films = todo and film([places[place] for place in todo], [*new(todo[0], 1).values(), *new(todo[0], 4).values()][0],
                           cfg.split, cfg.chunk, True, {k: options[k] for k in ("size", "frames", "fps")})
     for place in todo:                             # all that is new shares the truth, which costs as much as a sample
         mine = [next(films) for _ in range(0, places[place][0], cfg.chunk)[rank::common.ranks()]]
-        for best_of in (1, 4):
-            rows = new(place, best_of)
-            if not rows:
-                continue
-            if rank == 0:
-                print(f"judging {place}: {len(rows)} rows")
-            found = evaluate(rows, cfg.split, *places[place], **options | dict(
-                best_of=best_of, references=first in rows, films=iter(mine)))
+        for best_of in (4, 1):
+            rows, draw = new(place, best_of), {}
+            known = {stamp["weights"]: own(run, place) for run, (_, _, stamp, _) in runs.items() if own(run, place)}
+            for run, models in rows.items():       # one may have kept what it began with: the same weights draw the same
+                weights = runs[run][2]["weights"]
+                if run == first or best_of > 1 or weights not in known:
+                    draw[run], known[weights] = models, {}
+            if draw and rank == 0:
+                print(f"judging {place}: {len(draw)} rows")
+            found = evaluate(draw, cfg.split, *places[place], **options | dict(
+                best_of=best_of, references=first in draw, films=iter(mine))) if draw else {}
             for name, metrics in found.items():
-                run = next((run for run in rows if name.split(", oracle")[0] == run), first)
+                run = next((run for run in draw if name.split(", oracle")[0] == run), first)
                 flat = runs[run][3]
                 flat |= {f"{name.removeprefix(run.split(': ')[0] + ': ')}|{place}|{k}": v.float().cpu()
                          for k, v in metrics.items()}
-            for run in rows if rank == 0 else ():
+            known |= {runs[run][2]["weights"]: own(run, place) for run in draw}
+            for run in rows:
                 _, path, stamp, flat = runs[run]
-                common.save_weights(path, flat, stamp)
+                if run not in draw:
+                    flat |= {f"{run.partition(': ')[2]}|{place}|{k}": v for k, v in known[stamp["weights"]].items()}
+                if rank == 0:
+                    common.save_weights(path, flat, stamp)
     scores = {}                                    # {row: {seed: {"drop, seen": {metric: (n,)}}}}
     for run, (_, _, _, flat) in runs.items():
         for key, value in flat.items():

@@ -2733,8 +2733,11 @@ def test_told_the_truth():
 
 def test_table_of_rows(tmp_path):
     """Rows of two training seeds: differences are paired by seed and clip, and what was drawn is kept."""
-    for seed, folder in ((0, "row3"), (0, "row6"), (1, "row3")):
+    for seed, folder in ((0, "row3"), (0, "row6"), (1, "row3"), (0, "winners")):
         shutil.copytree(f"{HERE}/data", tmp_path / f"out/rows/{seed}/{folder}")
+    tuned = common.read_weights(f"{HERE}/data/lora2.safetensors")                    # one that kept its beginning
+    common.save_weights(str(tmp_path / "out/rows/0/winners/lora2.safetensors"),
+                        {k: v * ("lora_A" in k) for k, v in tuned[0].items()}, tuned[1])
     head = common.read_weights(f"{HERE}/data/head1.safetensors")
     common.save_weights(str(tmp_path / "out/rows/0/row6/head3.safetensors"), {k: 1.1 * v for k, v in head[0].items()},
                         head[1])
@@ -2744,6 +2747,11 @@ def test_table_of_rows(tmp_path):
     one, six = (next(k for k in judge.ROWS if k.startswith(n)) for n in "36")
     assert table[one]["seen"]["psnr"]["seeds"] == 2 and table[one]["average"]["psnr"]["n"] == 4
     assert f"| {six} | 1 |" in done.stdout and "truth re-parsed" in table and f"{one}, oracle best of 4" in table
+    # the same weights need no drawing, and have the same scores
+    assert [line for line in done.stdout.splitlines() if line.startswith("judging")] == [
+        f"judging roll, {split}: {n} rows" for split in ("seen", "unseen") for n in (2, 1)]
+    assert all(
+        gain["mean"] == 0 for gain in table[f"Stage I, SFT on winners - {one}, paired"]["average"].values() if gain["n"])
     kept = [common.read_weights(str(tmp_path / f"out/rows/0/{row}.safetensors"))[0]
             for row in ("row6/valhead", "row3/val1")]
     psnr = [torch.cat([s[f"{row}|roll, {split}|psnr"] for split in ("seen", "unseen")])
