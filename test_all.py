@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import copy
 import fnmatch
+import functools
 import hashlib
 import importlib
 import io
@@ -23,6 +24,7 @@ import sys
 import time
 import types
 import unittest.mock
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -43,8 +45,46 @@ from common import InputError
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 common.setup("cpu")                                # as every script does: it keeps memory that was freed
-torch.set_num_threads(2)
-os.environ["OMP_NUM_THREADS"] = "2"                # in processes of their own, too: sums depend on it in the last bit
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"                # in processes of their own, too: sums depend on it in the last bit
+
+# What is computed here is too small for a second thread. For the second core there is a second pytest, which runs the
+# slowest tests from the beginning on; where their turn comes they wait for its verdict.
+SECOND = types.SimpleNamespace(process=None, folder="")
+
+
+def slow(test):
+    """Decorator: leave this test to the second process, if there is one."""
+    @functools.wraps(test)
+    def verdict(*args, **kwargs):
+        if SECOND.process is None:
+            return test(*args, **kwargs)
+        code, report = SECOND.process.wait(), f"{SECOND.folder}/report.xml"
+        cases = ElementTree.parse(report).iter("testcase") if os.path.exists(report) else ()
+        case = next((case for case in cases if case.get("name") == test.__name__), None)
+        if case is None:
+            with open(f"{SECOND.folder}/said") as f:
+                pytest.fail(f"the second process ended with {code} and said:\n{f.read()[-2000:]}", pytrace=False)
+        for problem in (*case.iter("failure"), *case.iter("error")):
+            pytest.fail(problem.text, pytrace=False)
+    verdict.slow = True
+    return verdict
+
+
+@pytest.fixture(scope="session", autouse=True)
+def second_process(request, tmp_path_factory):
+    """Start it where slow tests are asked for together with others."""
+    names = [item.name for item in request.session.items if hasattr(item.function, "slow")]
+    if 0 < len(names) < len(request.session.items):
+        SECOND.folder = tmp_path_factory.mktemp("second")
+        with open(SECOND.folder / "said", "w") as said:
+            SECOND.process = subprocess.Popen(
+                [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
+                 f"--junitxml={SECOND.folder}/report.xml", *(f"{HERE}/test_all.py::{name}" for name in names)],
+                stdout=said, stderr=subprocess.STDOUT, cwd=HERE)
+    yield
+    if SECOND.process:
+        SECOND.process.kill()                      # where one has stopped at another test's failure
 
 
 def run(script, *flags, ok=True, cwd=None):
@@ -2231,6 +2271,7 @@ def two_ranks(script, *flags, cwd, ranks=2):
             process.kill()
 
 
+@slow
 def test_sft_resumes_to_the_bit_and_two_ranks_equal_one(tmp_path):
     whole = ["--steps=12", "--eval_every=100", "--model=tiny"]
     run("sft.py", *TINY_SFT, *whole, "--name=whole", cwd=tmp_path)
@@ -2464,6 +2505,7 @@ def test_pairs_are_all_that_are_a_margin_apart():
     assert dpo.chosen(lines, best_only=True, mirror=False, truth=False) == [0, 4, 5, 6]
 
 
+@slow
 def test_dpo_runs_and_resumes(tmp_path, monkeypatch):
     tiny = ["--pairs=4", "--candidates=2", "--margin=0", "--sampler_steps=2", "--batch=2", "--eval_clips=2", "--rank=2",
             "--eval_every=2", "--log_every=1", "--warmup=1", f"--data={HERE}/data", "--device=cpu", "--scenarios=drop"]
@@ -2590,6 +2632,7 @@ def test_dpo_runs_and_resumes(tmp_path, monkeypatch):
     refused("dpo.py", *tiny, "--name=c", cwd=tmp_path, says="0 lines")
 
 
+@slow
 def test_vae_and_encoder_train_and_resume(tmp_path):
     for script, name, flags in (("vae.py", "vae", ["--clips=4", "--val_clips=2", "--batch=2"]),
                                 ("encoder.py", "backbone", ["--scenes=8", "--val_scenes=4", "--batch=4"])):
@@ -2695,6 +2738,7 @@ def test_clips_on_disk(tmp_path, monkeypatch):
             judge.main()
 
 
+@slow
 def test_simdata_and_eval_commands(tmp_path):
     run("simdata.py", "--n=2", "--frames=5", cwd=tmp_path)
     assert (tmp_path / "out/simdata/drop.png").exists()
@@ -2731,6 +2775,7 @@ def test_told_the_truth():
     assert told < 0.5 * own
 
 
+@slow
 def test_table_of_rows(tmp_path):
     """Rows of two training seeds: differences are paired by seed and clip, and what was drawn is kept."""
     for seed, folder in ((0, "row3"), (0, "row6"), (1, "row3"), (0, "winners")):
@@ -3075,6 +3120,7 @@ def test_every_command_in_the_readme_parses():
         assert os.path.exists(f"{HERE}/{name}"), name
 
 
+@slow
 def test_readme_trains_from_nothing(tmp_path):
     """The README's recipe, line by line in a folder that holds nothing but the code; only the sizes are shrunk."""
     small = {"vae.py": "--clips=4 --val_clips=2 --batch=2", "encoder.py": "--scenes=8 --val_scenes=4 --batch=4",
