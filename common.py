@@ -150,6 +150,11 @@ def check_sides(cfg, names, step):
                          f"nearest are {' '.join(near)}")
 
 
+def clip_size(cfg):
+    """cfg's height and width as the simulator takes them: pixels a side, or [height, width]."""
+    return cfg.height if cfg.height == cfg.width else [cfg.height, cfg.width]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # device, ranks, precision
 
@@ -851,10 +856,10 @@ def to_float(frames):
 
 
 def read_image(path, size):
-    """PNG, JPEG or WebP of any mode -> (float (3, size, size) in [-1, 1], a note on what was cropped or "").
+    """PNG, JPEG or WebP of any mode -> (float (3, height, width) in [-1, 1], a note on what was cropped or "").
 
-    size: a number, or (height, width). EXIF orientation is applied, transparency is put on white, the largest centre
-    part of that aspect ratio is taken and resized (Lanczos).
+    size: pixels a side, or (height, width). EXIF orientation is applied, transparency is put on white, the largest
+    centre part of that aspect ratio is taken and resized (Lanczos).
     Raises InputError if the file is missing, broken, no image, or has a side outside 16..8192."""
     if os.path.isdir(path):
         raise InputError(f"{path} is a folder; expected one PNG, JPEG or WebP image")
@@ -874,7 +879,7 @@ def read_image(path, size):
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{path} is not a readable PNG, JPEG or WebP image: {str(error).splitlines()[0]}") from None
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    (w, h), (height, width) = image.size, size if isinstance(size, tuple) else (size, size)
+    (w, h), (height, width) = image.size, (size, size) if isinstance(size, int) else size
     kept = min(w, round(h * width / height)), min(h, round(w * height / width))
     note = f"centre-cropped from {w}x{h} to {kept[0]}x{kept[1]}" if kept != (w, h) else ""
     if image.size != (width, height):
@@ -886,10 +891,11 @@ VIDEO_EXTENSIONS = (".mp4", ".gif", ".webp")
 
 
 def fit(frames, size):
-    """uint8 (T, H, W, 3) -> (T, size, size, 3): the centre square, resized (Lanczos)."""
-    if frames.shape[1:3] == (size, size):
+    """uint8 (T, H, W, 3) -> (T, height, width, 3): the centre, resized (Lanczos). size as in read_image."""
+    height, width = (size, size) if isinstance(size, int) else size
+    if frames.shape[1:3] == (height, width):
         return frames
-    return np.stack([np.asarray(ImageOps.fit(Image.fromarray(f), (size, size), Image.Resampling.LANCZOS))
+    return np.stack([np.asarray(ImageOps.fit(Image.fromarray(f), (width, height), Image.Resampling.LANCZOS))
                      for f in frames])
 
 

@@ -55,7 +55,8 @@ class Config:
     scenes: str = "out/scenes"      # folder where scenes and what judges them are kept for other policies
     scenarios: str = "drop,collide,roll,support,dominoes"  # names in simdata.SCENARIOS; they take turns
     pairs: int = 1280               # scenes to draw candidates for; those without a clear winner are dropped
-    size: int = 64                  # pixels a side of the clips
+    height: int = 64                # pixels of the clips
+    width: int = 64
     frames: int = 25                # of a clip, 1 + 4k
     fps: int = 16                   # of the clips
     text_emb: str = ""              # captions' embeddings for a Wan DiT (data/embed_text.py); empty: made with umT5
@@ -89,11 +90,11 @@ class Config:
 
 PRESETS = {"nano": {}, "gpu": dict(name="dpo_gpu", pool="out/pairs_gpu", pairs=2560, steps=200, batch=256, lr=2e-4,
                                   lr_head=6e-5, eval_every=100),
-           "small": dict(data="out/small", name="dpo_small", pool="out/pairs_small", size=128, frames=33,
-                                    temperature=1.0)}
-PRESETS |= {name: dict(data=f"out/{name}", name=f"dpo_{name}", pool=f"out/pairs_{name}", size=512, frames=49, fps=fps,
-                       sampler_steps=25, temperature=1.0, checkpointing=True, in_turn=True, best_only=True)  # memory
-            for name, fps in (("wan5b", 24), ("wan1.3b", 16))}
+           "small": dict(data="out/small", name="dpo_small", pool="out/pairs_small", height=128,
+                                    width=128, frames=33, temperature=1.0)}
+PRESETS |= {name: dict(data=f"out/{name}", name=f"dpo_{name}", pool=f"out/pairs_{name}", height=512, width=512,
+                       frames=49, fps=fps, sampler_steps=25, temperature=1.0, checkpointing=True, in_turn=True,
+                       best_only=True) for name, fps in (("wan5b", 24), ("wan1.3b", 16))}
 SHARD = 64                                         # scenes per shard of pairs, on a GPU more
 SEED = 1                                           # of these scenes, which neither the backbone nor Stage I has seen
 # What a stage trains. Of the rows in PhysMaster's Table 1, 4 and 5 are --stages=2, 6 is head, 7 both, 8 is 2,3 and 9 is
@@ -161,14 +162,15 @@ def score(video, batch, weights):
 def pair_stamp(cfg, models):
     """What simulated pairs depend on; pairs from elsewhere only need the same VAE."""
     return {"vae": common.fingerprint(models.vae), "policy": common.fingerprint(models.dit, models.encoder),
-            **{k: getattr(cfg, k) for k in ("scenarios", "candidates", "heat", "truth", "margin", "sampler_steps",
-                                            "size", "frames", "fps")}}
+            "size": common.clip_size(cfg), **{k: getattr(cfg, k) for k in (
+                "scenarios", "candidates", "heat", "truth", "margin", "sampler_steps", "frames", "fps")}}
 
 
 def form(cfg, models):
     """What the clips are like, for simdata.make_batch."""
     photo = models.encoder.config["input_size"] if models.encoder is not None else simdata.PHOTO
-    return dict(size=cfg.size, frames=cfg.frames, fps=cfg.fps, photo=photo)
+    size = common.clip_size(cfg)
+    return dict(size=size, frames=cfg.frames, fps=cfg.fps, photo=simdata.scaled(size, photo))
 
 
 def ranked(scores, margin):
@@ -199,7 +201,7 @@ def make_pairs(cfg, models, pool, scene, stop, device, rank, world):
     common.make_dir(pool)
     names, stamp = cfg.scenarios.split(","), pair_stamp(cfg, models)
     # larger clips: fewer at a time; and a share for every scenario
-    shard = SHARD * common.scenes_at_once(device) * 25 * 64**2 / (cfg.frames * cfg.size**2)
+    shard = SHARD * common.scenes_at_once(device) * 25 * 64**2 / (cfg.frames * cfg.height * cfg.width)
     shard = max(1, min(int(shard), math.ceil(cfg.pairs / len(names))))
     missing = [s for s in range(math.ceil(cfg.pairs / shard))[rank::world]
                if not os.path.exists(f"{pool}/{s:04d}.safetensors")]
@@ -212,7 +214,7 @@ def make_pairs(cfg, models, pool, scene, stop, device, rank, world):
             break
         batch = common.each(next(made), lambda v: v.to(device))
         photo, text = batch["photo"], models.read(batch["caption"]).to(device)
-        film, small = batch["video"].float() / 127.5 - 1, cfg.size <= sample.SMALL
+        film, small = batch["video"].float() / 127.5 - 1, max(cfg.height, cfg.width) <= sample.SMALL
         frame = film[:, :, :1]
         latents, scores = [], []
         with common.autocast(device):
@@ -438,7 +440,7 @@ def main():
                        sft=(0, 1e3), rank=(1, 1024), alpha=(1, 4096), steps=(0, 10**7), batch=(1, 10**6),
                        eval_clips=(1, 10**5), log_every=(1, 10**7), eval_every=(1, 10**7), sampler_steps=(1, 1000),
                        lr=(0, 1), lr_head=(0, 1), warmup=(0, 10**7), shift=(0.01, 100), temperature=(0, 2),
-                       heat=(0, 2), size=(16, 1024), frames=(5, 1001), fps=(1, 240))
+                       heat=(0, 2), height=(16, 2048), width=(16, 2048), frames=(5, 1001), fps=(1, 240))
     common.check_frames(cfg)
     common.check_names("scenarios", cfg.scenarios, simdata.SCENARIOS)
     stages = cfg.stages.split(",")
@@ -450,7 +452,7 @@ def main():
     if cfg.batch % world:
         raise common.InputError(f"--batch={cfg.batch} must be a multiple of the {world} ranks")
     models = sample.load_models(cfg.data, 1, device=device)                          # Stage I makes the pairs
-    common.check_sides(cfg, ("size",), 2 * models.vae.stride)
+    common.check_sides(cfg, ("height", "width"), 2 * models.vae.stride)
     if stages != ["2"] and models.encoder is None:
         raise common.InputError(f"--stages={cfg.stages} trains the physical head, but this DiT was trained without "
                                 "one; expected --stages=2")
@@ -468,7 +470,7 @@ def main():
         sample.carry_over(cfg.data, folder, "vae", "backbone", "readout", "dit", "head1",
                           *["lora2"] * (stages == ["3"]), text_emb=cfg.text_emb)
     held_out = common.meanwhile(common.remembered, cfg.scenes, judge.val_scenes, cfg.scenarios.split(","),
-                                cfg.eval_clips, 32 if cfg.size <= sample.SMALL else 1, rank, world,
+                                cfg.eval_clips, 32 if max(cfg.height, cfg.width) <= sample.SMALL else 1, rank, world,
                                 form(cfg, models)) if cfg.steps else None
     stop, stopped = common.Stop(), False
     for around in range(1, cfg.rounds + 1):

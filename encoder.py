@@ -368,16 +368,17 @@ def carried(occupied, cell, center, grid, frames, stride=4):
 
 def truth(clips, size, patches):
     """What a Readout should have said of clips of `size` pixels, T frames, N bodies -> owner (B, 4 L) uint8: which body
-    a cell shows, 0 nobody; path (B, N, FUTURE, 2): where its centre will be, x and y in [-1, 1]. If the clips do not
-    know, all are 0."""
+    a cell shows, 0 nobody; path (B, N, FUTURE, 2): where its centre will be, x and y in [-1, 1]. patches: a number a
+    side, or (rows, columns). If the clips do not know, or are not square, which no readout knows, all are 0."""
     import simdata                                                                     # PhysEncoder needs no simulator
     mask = clips["photo_mask"] if "photo_mask" in clips else clips["mask"][:, 0] if "mask" in clips else None
-    if mask is None or not {"position", "camera"} <= clips.keys():
+    rows, columns = simdata.sides(patches)
+    if mask is None or not {"position", "camera"} <= clips.keys() or rows != columns:
         B = len(clips["video"])
-        return torch.zeros(B, 4 * patches**2, dtype=torch.uint8), torch.zeros(B, 1, FUTURE, 2)
+        return torch.zeros(B, 4 * rows * columns, dtype=torch.uint8), torch.zeros(B, 1, FUTURE, 2)
     uv = simdata.project(clips["position"], clips["camera"])[0] * 2 / size - 1         # (B, T, N, 2)
     when = torch.arange(1, FUTURE + 1).clamp_max(uv.shape[1] - 1)
-    owner = F.pixel_unshuffle(cells(mask, patches)[:, None].float(), 2).flatten(2).mT.flatten(1).byte()
+    owner = F.pixel_unshuffle(cells(mask, rows)[:, None].float(), 2).flatten(2).mT.flatten(1).byte()
     return owner, uv[:, when].transpose(1, 2)
 
 

@@ -405,6 +405,7 @@ def film(places, models, split, chunk, jittered, form):
     over what `scenes` gives, made side by side."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     photo = models.encoder.config["input_size"] if models.encoder is not None else simdata.PHOTO
+    photo = simdata.scaled(form["size"], photo)
     return common.side_by_side(scenes, [
         (scenario, min(chunk, n - start), form | dict(seed=seed, split=split, start=start, unseen=unseen), photo,
          jittered) for n, seed, unseen, scenario in places for start in range(0, n, chunk)[rank::common.ranks()]])
@@ -418,15 +419,16 @@ def evaluate(models, split, n, seed=0, unseen=False, scenario="drop", best_of=1,
 
     clips: a simdata.Clips, from which the scenes are taken instead; such have no jittered truth. films: an iterator
     over what `scenes` gives for each chunk, where it has been asked for already (see film).
-    steps, cfg, temperature: as in sample.generate; models need `text` if the DiT reads features. size, frames, fps: of
-    the clips.
+    steps, cfg, temperature: as in sample.generate; models need `text` if the DiT reads features. size (pixels a side,
+    or height and width), frames, fps: of the clips.
     best_of > 1 adds the row "<name>, oracle best of k": the sample of lowest traj_l2, what choosing could reach.
     references adds the rows of reference_rows and, if the first model's encoder foretells, "<name>, told the truth":
     what its DiT does when the encoder's foresight is put right, so that what is still wrong is the painting."""
     parts, first = {}, next(iter(models.values()))                                   # {first scene: {row: metrics}}
     vae, device = first.vae, next(first.vae.parameters()).device
     form = dict(size=size, frames=frames, fps=fps)
-    foretells = first.encoder is not None and first.encoder.readout is not None
+    height, width = simdata.sides(size)
+    foretells = first.encoder is not None and first.encoder.readout is not None and height == width
     rank = dist.get_rank() if dist.is_initialized() else 0
     starts = range(0, n, chunk)[rank::common.ranks()]
     if clips:
@@ -570,8 +572,8 @@ def table_one(cfg, places, options, device, rank):
                 continue
             # what choosing among Stage I's samples could reach is a row of its own
             stamp = dict(weights=weights, best_of=4 if folder == "row3" else 1,
-                         **{k: getattr(cfg, k) for k in ("scenarios", "n", "seed", "steps", "cfg", "temperature",
-                                                         "size", "frames", "fps")})
+                         size=options["size"], **{k: getattr(cfg, k) for k in (
+                             "scenarios", "n", "seed", "steps", "cfg", "temperature", "frames", "fps")})
             if made:
                 for key in stamp:
                     if made.get(key) != stamp[key]:
@@ -595,7 +597,7 @@ def table_one(cfg, places, options, device, rank):
         for best_of in (4, 1):
             rows, draw = new(place, best_of), {}
             known = {stamp["weights"]: own(run, place) for run, (_, _, stamp, _) in runs.items() if own(run, place)}
-            for run, models in rows.items():       # one may have kept what it began with: the same weights draw the same
+            for run, models in rows.items():       # a row may have kept what it began with: that is drawn once
                 weights = runs[run][2]["weights"]
                 if run == first or best_of > 1 or weights not in known:
                     draw[run], known[weights] = models, {}
@@ -684,7 +686,8 @@ class Config:
     scenarios: str = "drop,collide,roll,support,dominoes"  # names in simdata.SCENARIOS; they share the scenes
     clips: str = ""                 # a folder of clips (see simdata.py) to judge on instead of simulated ones
     skip_broken: bool = False       # leave broken clips of the folder out, and say so, instead of stopping
-    size: int = 64                  # pixels a side of the clips
+    height: int = 64                # pixels of the clips
+    width: int = 64
     frames: int = 25                # of a clip, 1 + 4k
     fps: int = 16                   # of the clips
     text_emb: str = ""              # captions' embeddings for a Wan DiT (data/embed_text.py); empty: made with umT5
@@ -701,8 +704,9 @@ class Config:
     device: str = "auto"            # auto, cuda, mps or cpu
 
 
-PRESETS = {"nano": {}, "small": dict(data="out/small", size=128, frames=33, cfg=1.0, temperature=1.0)}
-PRESETS |= {name: dict(data=f"out/{name}", size=512, frames=49, fps=fps, steps=50, cfg=5.0, temperature=1.0, chunk=1)
+PRESETS = {"nano": {}, "small": dict(data="out/small", height=128, width=128, frames=33, cfg=1.0, temperature=1.0)}
+PRESETS |= {name: dict(data=f"out/{name}", height=512, width=512, frames=49, fps=fps, steps=50, cfg=5.0,
+                       temperature=1.0, chunk=1)
             for name, fps in (("wan5b", 24), ("wan1.3b", 16))}
 
 
@@ -715,7 +719,7 @@ def shared(cfg):
 def captions(cfg):
     """Of all clips that a run judges on."""
     if cfg.clips:
-        lines = simdata.Clips(cfg.clips, cfg.size, cfg.frames, cfg.fps, cfg.skip_broken).lines
+        lines = simdata.Clips(cfg.clips, common.clip_size(cfg), cfg.frames, cfg.fps, cfg.skip_broken).lines
         return [str(line.get("caption", "")) for line in lines]
     return [c for unseen in (False, True) for name, n in shared(cfg).items() if n for c in simdata.captions(
         simdata.make_scene(name, n, cfg.seed, cfg.split, unseen=unseen)[0])]
@@ -724,7 +728,8 @@ def captions(cfg):
 def main():
     cfg = common.parse_config(Config, sys.argv[1:], PRESETS)
     common.check_range(cfg, n=(1, 10**6), steps=(1, 1000), cfg=(0, 30), temperature=(0, 2),
-                       best_of=(1, 64), chunk=(1, 4096), size=(16, 1024), frames=(5, 1001), fps=(1, 240))
+                       best_of=(1, 64), chunk=(1, 4096), height=(16, 2048), width=(16, 2048), frames=(5, 1001),
+                       fps=(1, 240))
     common.check_frames(cfg)
     shares = shared(cfg)
     names = list(shares)
@@ -735,7 +740,7 @@ def main():
     if not set(cfg.stages.split(",")) <= {"1", "2", "3"}:
         raise common.InputError(f"--stages={cfg.stages}: expected some of 1,2,3, separated by commas")
     if cfg.clips:
-        folder = simdata.Clips(cfg.clips, cfg.size, cfg.frames, cfg.fps, cfg.skip_broken)
+        folder = simdata.Clips(cfg.clips, common.clip_size(cfg), cfg.frames, cfg.fps, cfg.skip_broken)
         if "mask" not in folder.truth:
             raise common.InputError(f"--clips={cfg.clips}: not all clips have a mask; expected NAME.npz with at least "
                                     "the masks of the bodies, by which they are found again")
@@ -751,8 +756,9 @@ def main():
                                     "stage is 1, 2, 3 or head (1 with head3)")
         more[name] = at, stage if stage == "head" else int(stage)
     device, rank, _ = common.setup(cfg.device)
+    size = common.clip_size(cfg)
     options = dict(best_of=cfg.best_of, references=cfg.references, chunk=cfg.chunk, steps=cfg.steps, cfg=cfg.cfg,
-                   temperature=cfg.temperature, size=cfg.size, frames=cfg.frames, fps=cfg.fps)
+                   temperature=cfg.temperature, size=size, frames=cfg.frames, fps=cfg.fps)
 
     places = {f"{name}, {split}": (n, cfg.seed, split == "unseen", name)
               for split in ("seen", "unseen") for name, n in shares.items() if n}
@@ -769,7 +775,7 @@ def main():
               for s in cfg.stages.split(",")}
     models |= {name: sample.load_models(*place, device=device) for name, place in more.items()}
     first = next(iter(models.values()))
-    common.check_sides(cfg, ("size",), 2 * first.vae.stride)
+    common.check_sides(cfg, ("height", "width"), 2 * first.vae.stride)
     if first.dit.config["text"] == "features":
         text = sample.text_features(cfg.text_emb or f"{cfg.data}/captions.safetensors", captions(cfg),
                                     first.dit.config["text_dim"], cfg.data, device)
@@ -784,7 +790,7 @@ def main():
             raise common.InputError(f"--clips={cfg.clips}: no clip could be read")
     else:
         films = film([*places.values()], first, cfg.split, cfg.chunk, cfg.references,
-                     dict(size=cfg.size, frames=cfg.frames, fps=cfg.fps))
+                     dict(size=size, frames=cfg.frames, fps=cfg.fps))
         each = {place: evaluate(models, cfg.split, *args, **options, films=films) for place, args in places.items()}
         rows = next(iter(each.values()))
         per_row = {split: {row: {k: torch.cat([p[row][k] for where, p in each.items() if where.endswith(", " + split)])

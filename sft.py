@@ -47,7 +47,8 @@ class Config:
     physics: bool = True            # False: what would fall wanders about instead, for a base that knows no physics
     folder: str = ""                # a folder of clips (see simdata.py) to train on instead, mirrored as well
     skip_broken: bool = False       # leave broken clips of the folder out, and say so, instead of stopping
-    size: int = 64                  # pixels a side of the clips
+    height: int = 64                # pixels of the clips
+    width: int = 64
     frames: int = 25                # of a clip, 1 + 4k
     fps: int = 16                   # of the clips
     text_emb: str = ""              # captions' embeddings for a Wan DiT (data/embed_text.py); empty: made with umT5
@@ -89,11 +90,11 @@ PRESETS = {"nano": {},
            "gpu": dict(name="gpu", pool="out/pool_gpu", clips=20480, steps=1700, batch=256, lr=1e-2, adam_lr=4e-3,
                        warmup=60, eval_every=850, eval_clips=160, graphs=True),
            # not trained yet: from scratch on one GPU, and published weights that data/fetch.py has put in order
-           "small": dict(name="small", model="small", pool="out/pool_small", size=128, frames=33, clips=32768,
-                         steps=20000, batch=128, lr=3e-3, adam_lr=1e-3, eval_every=2000)}
+           "small": dict(name="small", model="small", pool="out/pool_small", height=128, width=128, frames=33,
+                         clips=32768, steps=20000, batch=128, lr=3e-3, adam_lr=1e-3, eval_every=2000)}
 PRESETS |= {name: dict(name=name, data=f"out/{name}_data", init_from=f"out/{name}_data/dit.safetensors",
-                       pool=f"out/pool_{name}", size=512, frames=49, fps=fps, foretell=False, steps=3000, lr=1e-5,
-                       adam_lr=1e-5, moving=1.0, checkpointing=True, eval_every=500)
+                       pool=f"out/pool_{name}", height=512, width=512, frames=49, fps=fps, foretell=False, steps=3000,
+                       lr=1e-5, adam_lr=1e-5, moving=1.0, checkpointing=True, eval_every=500)
             for name, fps in (("wan5b", 24), ("wan1.3b", 16))}
 PATCH = 14                                         # pixels of the photo a side, in every DINOv2
 SHARD = 512                                        # clips simulated and encoded at a time
@@ -109,7 +110,8 @@ def prepare(batch, size, photo):
     """A make_batch dict -> what the pool needs of B clips; text and what a readout should say also of their mirror
     images, which obey the same laws."""
     turned = batch | {k: batch[k].flip(-1) for k in ("video", "photo", "mask", "photo_mask") if k in batch}
-    owner, course = (torch.cat(x) for x in zip(*(truth(b, size, photo // PATCH) for b in (batch, turned))))
+    patches = [n // PATCH for n in simdata.sides(photo)]
+    owner, course = (torch.cat(x) for x in zip(*(truth(b, size, patches) for b in (batch, turned))))
     course[len(course) // 2:, ..., 0] *= -1
     video, photo = (((batch[k] + 1) * 127.5).round().byte() for k in ("video", "photo"))            # as in a file
     return dict(video=video, photo=photo, text=M.bytes_to_tokens(batch["caption"] * 2, M.LONG).short(), owner=owner,
@@ -123,7 +125,7 @@ def simulate(scenario, count, start, form, device):
 
 def at_once(cfg, count, device):
     """How many clips are made together where it would be `count` of nano's on a CPU."""
-    larger = cfg.frames * cfg.size**2 / (25 * 64**2)
+    larger = cfg.frames * cfg.height * cfg.width / (25 * 64**2)
     return max(1, int(count * common.scenes_at_once(device) / larger))
 
 
@@ -140,7 +142,7 @@ def captions(cfg):
     clips."""
     held_out = judge.val_captions(common.check_names("scenarios", cfg.scenarios, simdata.SCENARIOS), cfg.eval_clips)
     if cfg.folder:
-        lines = simdata.Clips(cfg.folder, cfg.size, cfg.frames, cfg.fps, cfg.skip_broken).lines
+        lines = simdata.Clips(cfg.folder, common.clip_size(cfg), cfg.frames, cfg.fps, cfg.skip_broken).lines
         said = [str(line.get("caption", "")) for line in lines]
         return held_out + M.tokens_to_strings(M.bytes_to_tokens(said, M.LONG))       # as the pool keeps them
     return held_out + [c for kind in ("cpu", "cuda") for name, start, n in shards_of(cfg, cfg.clips, torch.device(kind))
@@ -152,9 +154,9 @@ def make_pool(cfg, vae, photo, device, rank, world):
     """Fill cfg.pool with shards -> dict(latent (N, C, 1+k, h, w) bf16, photo (N, 3, S, S) uint8, text (N, 1024) bytes;
     owner (N, cells) uint8 and course (N, bodies, FUTURE, 2), what the readout should say: see encoder.truth).
 
-    photo: S, the pixels a side of the picture that the encoder gets."""
+    photo: S, the pixels a side of the picture that the encoder gets, or its height and width."""
     common.make_dir(cfg.pool)
-    form = dict(size=cfg.size, frames=cfg.frames, fps=cfg.fps, photo=photo)
+    form = dict(size=common.clip_size(cfg), frames=cfg.frames, fps=cfg.fps, photo=photo)
     folder = simdata.Clips(cfg.folder, skip=cfg.skip_broken, **form) if cfg.folder else None
     part = at_once(cfg, 16, device)
     shards = []                                    # (path, what it holds): latents of another VAE would train as well,
@@ -171,7 +173,7 @@ def make_pool(cfg, vae, photo, device, rank, world):
             batch = folder.read(what["start"], what["count"])
             if not batch:
                 raise common.InputError(f"{cfg.folder}: none of {what['count']} clips can be read: {folder.broken[-1]}")
-            yield prepare(batch, cfg.size, photo)
+            yield prepare(batch, form["size"], photo)
     clips = read() if folder else common.side_by_side(
         simulate, [(what["scenario"], what["count"], what["start"], form | dict(physics=cfg.physics), str(device))
                    for _, what in missing], device)
@@ -250,7 +252,8 @@ def main():
     common.check_range(cfg, clips=(1, 10**8), steps=(0, 10**8), batch=(1, 10**6), accumulate=(1, 10**4), lr=(0, 1),
                        adam_lr=(0, 1), warmup=(0, 10**8), weight_decay=(0, 1), shift=(0.01, 100), moving=(0, 1000),
                        drop_text=(0, 1), ema=(0, 1), log_every=(1, 10**8), eval_every=(1, 10**8),
-                       eval_clips=(1, 10**4), rank=(0, 1024), size=(16, 1024), frames=(5, 1001), fps=(1, 240))
+                       eval_clips=(1, 10**4), rank=(0, 1024), height=(16, 2048), width=(16, 2048), frames=(5, 1001),
+                       fps=(1, 240))
     names = common.check_names("scenarios", cfg.scenarios, simdata.SCENARIOS)
     device, rank, world = common.setup(cfg.device)
     if cfg.rank and (cfg.fsdp or not cfg.init_from):
@@ -261,6 +264,9 @@ def main():
     if cfg.phys and cfg.foretell and cfg.fps != 16:
         raise common.InputError(f"--fps={cfg.fps}: what is foretold is at 16 fps; expected --fps=16 or "
                                 "--foretell=False")
+    if cfg.phys and cfg.foretell and cfg.height != cfg.width:
+        raise common.InputError(f"--height={cfg.height} --width={cfg.width}: what is foretold is of square pictures; "
+                                "expected both alike, or --foretell=False")
     if cfg.head_from and not cfg.phys:
         raise common.InputError("--head_from starts the physical head, and --phys=False has none; expected one of them")
     if cfg.fsdp and (world == 1 or cfg.eval_clips % (8 * world)):
@@ -272,7 +278,7 @@ def main():
         raise common.InputError(f"--batch={cfg.batch} must be a multiple of ranks x accumulate "
                                 f"= {world * cfg.accumulate}")
     vae = load_vae(f"{cfg.data}/vae.safetensors", device=device)
-    common.check_frames(cfg), common.check_sides(cfg, ("size",), 2 * vae.stride)
+    common.check_frames(cfg), common.check_sides(cfg, ("height", "width"), 2 * vae.stride)
     folder = common.start_run(cfg, rank, f"out/{cfg.name}")
     log, state = f"{folder}/metrics.jsonl", f"{folder}/state.safetensors"
 
@@ -307,11 +313,12 @@ def main():
 
     if encoder is not None:
         pixels = encoder.config["input_size"]
-    form = dict(frames=cfg.frames, size=cfg.size, fps=cfg.fps, photo=pixels)
-    most = 1 if cfg.size > sample.SMALL else 8 if cfg.fsdp else 32
+    size = common.clip_size(cfg)
+    form = dict(frames=cfg.frames, size=size, fps=cfg.fps, photo=simdata.scaled(size, pixels))
+    most = 1 if max(cfg.height, cfg.width) > sample.SMALL else 8 if cfg.fsdp else 32
     held_out = common.meanwhile(common.remembered, cfg.scenes, judge.val_scenes, names, cfg.eval_clips, most, rank,
                                 world, form) if cfg.steps else None
-    pool = make_pool(cfg, vae, pixels, device, rank, world)
+    pool = make_pool(cfg, vae, form["photo"], device, rank, world)
     if not cfg.steps:
         if dist.is_initialized():
             dist.destroy_process_group()

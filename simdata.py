@@ -440,8 +440,20 @@ def dominoes(draw, unseen):
 SCENARIOS = {"drop": drop, "collide": collide, "roll": roll, "support": support, "dominoes": dominoes}
 
 
+def sides(size):
+    """Pixels a side, or height and width -> (height, width)."""
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def scaled(size, shorter):
+    """The same aspect ratio with so many pixels on the shorter side: pixels a side, or [height, width]."""
+    height, width = (round(n * shorter / min(sides(size))) for n in sides(size))
+    return shorter if height == width else [height, width]
+
+
 def look(draw, size):
-    """Camera, light, floor and wall, drawn for any scenario. -> dict of (B, ...)."""
+    """Camera, light, floor and wall, drawn for any scenario. -> dict of (B, ...). A picture that is not square shows
+    the same in its middle, and more at two of its sides."""
     device = draw.key.device
     distance, pitch = draw.uniform("dist", 3.4, 4.0), draw.uniform("pitch", 6, 16) * math.pi / 180
     target = torch.stack([draw.uniform("aim", -0.08, 0.08), 0 * pitch, draw.uniform("aimz", 0.72, 0.82)], -1)
@@ -451,10 +463,11 @@ def look(draw, size):
     axes = torch.stack([right, cross(forward, right), forward], 1)                   # rows: x right, y down, z forward
     extrinsics = torch.eye(4, device=device).repeat(len(eye), 1, 1)
     extrinsics[:, :3, :3], extrinsics[:, :3, 3] = axes, -rotate(axes, eye)
-    focal = size * draw.uniform("focal", 1.7, 1.8)
+    height, width = sides(size)
+    focal = min(height, width) * draw.uniform("focal", 1.7, 1.8)
     intrinsics = torch.zeros(len(eye), 3, 3, device=device)
     intrinsics[:, 0, 0] = intrinsics[:, 1, 1] = focal
-    intrinsics[:, 0, 2] = intrinsics[:, 1, 2] = size / 2                             # pixel centres at +0.5
+    intrinsics[:, 0, 2], intrinsics[:, 1, 2] = width / 2, height / 2                 # pixel centres at +0.5
     intrinsics[:, 2, 2] = 1
 
     azimuth, elevation = draw("sun") * 2 * math.pi, draw.uniform("sunz", 50, 75) * math.pi / 180
@@ -1038,12 +1051,17 @@ def _pattern(p, pattern, wave, phase):
     return 0.85 + 0.15 * (6 * height).tanh()       # the edge is a little soft
 
 
-def _background(scene, size, samples):
-    """What is seen where no body is, P = size^2 -> z-depth of the samples (B, P samples^2), colour in sun and in shadow
+def _grid(scene, H, W, samples=1):
+    """Columns (B, W samples) and rows (B, H samples), px, of so many samples a pixel and side."""
+    return (((torch.arange(n * samples, device=scene["eye"].device) + 0.5) / samples).expand(len(scene["eye"]), -1)
+            for n in (W, H))
+
+
+def _background(scene, H, W, samples):
+    """What is seen where no body is, P = H W -> z-depth of the samples (B, P samples^2), colour in sun and in shadow
     (B, P, 3), means over samples^2."""
     B, floor, eye = len(scene["eye"]), scene["floor"], scene["eye"][:, None]
-    s = ((torch.arange(size * samples, device=eye.device) + 0.5) / samples).expand(B, -1)
-    dx, dy, dz = _rays(scene["camera"], s, s).unbind(-1)                                            # (B, P samples^2)
+    dx, dy, dz = _rays(scene["camera"], *_grid(scene, H, W, samples)).unbind(-1)                    # (B, P samples^2)
     t_floor = torch.where(dz < 0, -eye[..., 2] / dz, torch.inf)
     t_wall = (floor["wall_y"][:, None] - eye[..., 1]) / dy
     t, on_floor = torch.minimum(t_floor, t_wall), t_floor < t_wall
@@ -1060,7 +1078,7 @@ def _background(scene, size, samples):
         board = (13 * (x / 0.5).floor()) ** 2 % 7 / 50
         wall = wall * (1 - torch.where(kind == 1, board, torch.where(kind == 2, 0.15 * (z < 0.6), 0.0)))
     # colours are linear in these three, so their means are enough
-    one, two, wall = (F.avg_pool2d(shade.view(B, size * samples, -1), samples).flatten(1)[..., None] for shade in
+    one, two, wall = (F.avg_pool2d(shade.view(B, H * samples, -1), samples).flatten(1)[..., None] for shade in
                       (on_floor * (1 - mix), on_floor * mix, ~on_floor * wall))                     # (B, P, 1)
     tiles = one * floor["color_a"][:, None] + two * floor["color_b"][:, None]
     wall = wall * floor["wall_color"][:, None]
@@ -1068,10 +1086,12 @@ def _background(scene, size, samples):
     return t, tiles * (dark + (1 - dark) * scene["light"][:, None, 2:]) + wall, tiles * dark + wall
 
 
-def _window(center, side, width):
-    """Columns and rows (F, side) of a square around center (F, 2) in a width x width image, kept inside it."""
-    corner = (center - side / 2).round().clamp(0, width - side).long()
-    return (corner[..., None] + torch.arange(side, device=center.device)).unbind(1)
+def _window(center, side, H, W):
+    """Columns and rows (F, side or fewer) of a square around center (F, 2) in an H x W image, kept inside it."""
+    def line(center, side, limit):
+        corner = (center - side / 2).round().clamp(0, limit - side).long()
+        return corner[:, None] + torch.arange(side, device=center.device)
+    return (line(center[:, i], min(side, limit), limit) for i, limit in enumerate((W, H)))
 
 
 def _frames(scene, path, k):
@@ -1083,11 +1103,11 @@ def _frames(scene, path, k):
     return clip, clip * T + time, x, R, scene["shape"][clip, k], scene["half_extents"][clip, k]
 
 
-def _side(camera, radius, center, samples, limit):
+def _side(camera, radius, center, samples):
     """Samples across the silhouette of the largest ball (F,) seen at center (F, 3): a window that misses nothing."""
     uv, z = project(center[:, None], camera)
     reach = camera["intrinsics"][:, 0, 0] * radius / (z[:, 0] - radius).clamp_min(0.5)
-    return uv[:, 0] * samples, min(limit, math.ceil(2.1 * samples * reach.max().item()) + 3)
+    return uv[:, 0] * samples, math.ceil(2.1 * samples * reach.max().item()) + 3
 
 
 def _may_shade(x, y, center, light, bound):
@@ -1099,15 +1119,14 @@ def _may_shade(x, y, center, light, bound):
     return x * x + y * y + c[..., 2] * c[..., 2] - along * along < (bound * bound)[:, None, None]
 
 
-def _sunlight(scene, path, size):
-    """Fraction of the sun on the floor at each pixel, (B, T, H, W): one ray a pixel, then a 3x3 mean as penumbra."""
+def _sunlight(scene, path, H, W):
+    """Fraction of the sun on the floor at each pixel, (B, T, H W): one ray a pixel, then a 3x3 mean as penumbra."""
     B, T, N, _ = path["position"].shape
-    s = (torch.arange(size, device=scene["eye"].device) + 0.5).expand(B, -1)
-    d, eye = _rays(scene["camera"], s, s), scene["eye"][:, None]
+    d, eye = _rays(scene["camera"], *_grid(scene, H, W)), scene["eye"][:, None]
     ground = (d[..., 2] < 0).any(0).nonzero()[:, 0]                                  # pixels below a horizon
     d = d[:, ground]
     floor = eye - d * (eye[..., 2:] / d[..., 2:].clamp_max(-1e-3))                   # what they show of it, (B, G, 3)
-    lit = torch.ones(B * T, size * size, device=scene["eye"].device)
+    lit = torch.ones(B * T, H * W, device=scene["eye"].device)
     for k in range(N):
         clip, frame, x, R, shape, h = _frames(scene, path, k)
         if not len(clip):
@@ -1120,30 +1139,29 @@ def _sunlight(scene, path, size):
         light = rotate(turn, scene["light"][clip[row]])
         near, far = _span(rotate(turn, o)[:, None], light[:, None], shape[row], h[row])
         lit[frame[row], ground[p]] *= (near >= far)[:, 0].float()
-    lit = F.pad(lit.view(B * T, 1, size, size), (1, 1, 1, 1), mode="replicate")
-    return F.avg_pool2d(lit, 3, 1).view(B, T, size * size)
+    lit = F.pad(lit.view(B * T, 1, H, W), (1, 1, 1, 1), mode="replicate")
+    return F.avg_pool2d(lit, 3, 1).view(B, T, H * W)
 
 
-def _cast(scene, path, size, samples):
-    """Bodies only, F = B*T, P = (size*samples)^2 -> z-depth (F, P), id (F, P), and the samples that hit: for each body
+def _cast(scene, path, H, W, samples):
+    """Bodies only, F = B*T, P = H W samples^2 -> z-depth (F, P), id (F, P), and the samples that hit: for each body
     its id, their flat indices into (F, P), shaded colours, normals in camera axes and points in the body's (S, 3)."""
     B, T, N, _ = path["position"].shape
-    W, device = size * samples, scene["eye"].device
-    depth = torch.full((B * T, W * W), torch.inf, device=device)
-    ident = torch.zeros(B * T, W * W, dtype=torch.uint8, device=device)
+    H, W, device = H * samples, W * samples, scene["eye"].device
+    depth = torch.full((B * T, H * W), torch.inf, device=device)
+    ident = torch.zeros(B * T, H * W, dtype=torch.uint8, device=device)
     hits = []
     for k in range(N):
         clip, frame, x, R, shape, h = _frames(scene, path, k)
         if not len(clip):
             continue
         camera = clips(scene["camera"], clip)
-        center, side = _side(camera, _bound(shape, h), x, samples, W)
-        column, line = _window(center, side, W)                                                     # (F, side)
+        column, line = _window(*_side(camera, _bound(shape, h), x, samples), H, W)                   # (F, side)
         px, py, M = (column + 0.5) / samples, (line + 0.5) / samples, camera["world_to_camera"][:, :3, :3]
         d = _rays(camera, px, py, M @ R)           # (F, S, 3); everything below happens in the body's own frame
         o = rotate(R.mT, scene["eye"][clip] - x)
         t, far = _span(o[:, None], d, shape, h)
-        flat = (frame[:, None, None] * W * W + line[..., None] * W + column[:, None]).flatten(1)
+        flat = (frame[:, None, None] * H * W + line[..., None] * W + column[:, None]).flatten(1)
         # the floor hides what is under it
         above = scene["eye"][clip, 2:] + t * _rays(camera, px, py, M[..., 2:])[..., 0] > -BURIED
         closer = (t < far) & (t > 0) & (t < depth.view(-1).take(flat)) & above
@@ -1180,27 +1198,27 @@ def _compose(lit, dark, sun, body, share):
 def render(scene, path, size=64, antialias=2, truth=True):
     """Film a simulated scene. -> dict of video (B, 3, T, H, W) in [-1, 1] and, if truth: mask, depth, normal, flow,
     visible, as in make_batch."""
-    B, T, N, _ = path["position"].shape
-    W = size * antialias
-    depth, ident, hits = _cast(scene, path, size, antialias)
+    (B, T, N, _), (H, W) = path["position"].shape, sides(size)
+    depth, ident, hits = _cast(scene, path, H, W, antialias)
     # the floor does not move: only how much sun it gets. It is filmed once, with more samples: its far tiles are fine
-    fine = max(antialias, min(4, 256 // size)) if antialias > 1 else 1
-    _, lit, dark = _background(scene, size, fine)
-    body = torch.zeros(B * T * size * size, 4, device=lit.device)                    # colour and coverage of each pixel
+    fine = max(antialias, min(4, 256 // min(H, W))) if antialias > 1 else 1
+    _, lit, dark = _background(scene, H, W, fine)
+    body = torch.zeros(B * T * H * W, 4, device=lit.device)                          # colour and coverage of each pixel
     for k, flat, color, *_ in hits:
         front = ident.view(-1)[flat] == k                         # not hidden by a later body
         flat, color = flat[front], color[front]
-        pixel = (flat // (W * W) * size + flat % (W * W) // W // antialias) * size + flat % W // antialias
+        line, column = flat // (W * antialias), flat % (W * antialias)               # lines of all frames
+        pixel = line // antialias * W + column // antialias
         body.index_add_(0, pixel, F.pad(color, (0, 1), value=1.0))
-    sun = _sunlight(scene, path, size)
+    sun = _sunlight(scene, path, H, W)
     video = _compose(lit[:, None], dark[:, None], sun, body.view(B, T, -1, 4), 1 / antialias**2)
-    out = dict(video=video.view(B, 3, T, size, size))
+    out = dict(video=video.view(B, 3, T, H, W))
     if not truth:
         return out
     if antialias > 1:                              # truth: what a pixel's centre sees
-        depth, ident, hits = _cast(scene, path, size, 1)
-    ident, P = ident.view(B, T, -1), size * size
-    depth = torch.minimum(depth.view(B, T, P), _background(scene, size, 1)[0][:, None])
+        depth, ident, hits = _cast(scene, path, H, W, 1)
+    ident, P = ident.view(B, T, -1), H * W
+    depth = torch.minimum(depth.view(B, T, P), _background(scene, H, W, 1)[0][:, None])
     normal = torch.zeros(B, 3, T, P, device=depth.device)
     # where a pixel's surface point is one frame later, and whether the camera sees it there; the rest stands still
     flow, visible = torch.zeros(B, T - 1, 2, P, device=depth.device), ident[:, 1:] == 0
@@ -1214,14 +1232,14 @@ def render(scene, path, size=64, antialias=2, truth=True):
         clip, time, pixel, point = (take(t, moves) for t in (clip, time, pixel, point))
         later = rotate(R[clip, time + 1, k - 1], point) + x[clip, time + 1, k - 1]
         to, z = (t[:, 0] for t in project(later[:, None], clips(scene["camera"], clip)))
-        flow[clip, time, :, pixel] = to - torch.stack([pixel % size, pixel // size], 1) - 0.5
+        flow[clip, time, :, pixel] = to - torch.stack([pixel % W, pixel // W], 1) - 0.5
         cell = to.floor().long()
-        index = (cell[:, 1] * size + cell[:, 0]).clamp(0, P - 1)
+        index, inside = (cell[:, 1] * W + cell[:, 0]).clamp(0, P - 1), (cell >= 0) & (cell < cell.new_tensor([W, H]))
         # seen if the pixel there shows the same thing, and not its other side
-        visible[clip, time, pixel] = ((cell >= 0) & (cell < size)).all(-1) & (ident[clip, time + 1, index] == k) \
+        visible[clip, time, pixel] = inside.all(-1) & (ident[clip, time + 1, index] == k) \
             & (z < depth[clip, time + 1, index] + 0.05)
     truth = dict(mask=ident, depth=depth, normal=normal, flow=flow, visible=visible)
-    return out | {key: v.unflatten(-1, (size, size)) for key, v in truth.items()}
+    return out | {key: v.unflatten(-1, (H, W)) for key, v in truth.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1255,7 +1273,7 @@ def make_batch(scenario, batch_size, seed, split="train", frames=25, size=64, fp
                physics=True):
     """Simulate and film a batch of clips. Clip i depends on (split, seed, start + i) alone, whatever the batch size.
 
-    Returns a dict, float32 unless said (T frames, N bodies, H = W = size):
+    Returns a dict, float32 unless said (T frames, N bodies; size: H = W, or (H, W)):
       video (B,3,T,H,W) in [-1,1]; mask (B,T,H,W) uint8, 0 background, k+1 body k; depth (B,T,H,W) m, metric z-depth;
       normal (B,3,T,H,W) of bodies, camera axes (x right, y down, z forward), 0 where there is none;
       flow (B,T-1,2,H,W) px, x right, y down, frame t to t+1; visible (B,T-1,H,W) bool;
@@ -1263,14 +1281,14 @@ def make_batch(scenario, batch_size, seed, split="train", frames=25, size=64, fp
       alive, dynamic, falls (B,N) bool; shape (B,N) index into SHAPES; half_extents (B,N,3) m; mass kg, restitution,
       friction (B,N); floor dict; gravity (B,3) m/s^2; camera dict: intrinsics (B,3,3), world_to_camera (B,4,4);
       caption list[str].
-      photo (B,3,S,S) in [-1,1], frame 0 at a resolution of its own, anti-aliased, if photo = S is given, and its
-      photo_mask (B,S,S).
+      photo (B,3,S,S) in [-1,1], frame 0 at a resolution of its own, anti-aliased, if photo = S is given (or (H, W), of
+      about the same aspect ratio), and its photo_mask (B,S,S).
     unseen: what the scenario keeps out of training. truth=False skips mask, depth, normal, flow, visible.
     filmed: stop the camera after so many frames; positions and the like still have all.
     physics: False lets bodies wander instead (see there); what is meant by truth is then what they do.
     jitter_seed: an int simulates the scene moved by half a pixel and 5 degrees instead (see jitter).
     Raises ValueError for an unknown scenario or split and for sizes that make no clip."""
-    if batch_size < 1 or frames < 1 or size < 8 or fps <= 0:
+    if batch_size < 1 or frames < 1 or min(sides(size)) < 8 or fps <= 0:
         raise ValueError(f"batch_size={batch_size}, frames={frames}, size={size}, fps={fps}: expected at least 1, 1, 8 "
                          "and a positive frame rate")
     scene, draw = make_scene(scenario, batch_size, seed, split, size, device, start, unseen)
@@ -1280,7 +1298,8 @@ def make_batch(scenario, batch_size, seed, split="train", frames=25, size=64, fp
     path = simulate(scene, frames, fps, scene["gravity"]) if physics else wander(scene, frames, fps, draw)
     chunk = chunk if torch.device(device).type == "cpu" else 4 * chunk
     reel, still = ({k: v[:, :n] for k, v in path.items()} for n in (filmed, 1))
-    scale = torch.tensor([photo / size, photo / size, 1.0], device=device)[:, None]  # the same camera with finer pixels
+    (H, W), (finer_h, finer_w) = sides(size), sides(photo)
+    scale = torch.tensor([finer_w / W, finer_h / H, 1.0], device=device)[:, None]    # the same camera with finer pixels
     fine = scene | dict(camera=scene["camera"] | dict(intrinsics=scene["camera"]["intrinsics"] * scale))
     out = {}
     for i in range(0, batch_size, chunk):          # films are large: each is put where it belongs at once
@@ -1347,8 +1366,8 @@ class Clips:
     """A folder of clips, to train on and to judge with: clips.read(start, count) -> a dict as make_batch has it.
 
     It has video, photo, caption and the truth that all clips have; where that is only masks, every body counts as
-    alive and falling. A video without truth is cropped to the centre square, resized and brought to `fps`; one with
-    truth must fit as it is.
+    alive and falling. A video without truth is cropped about its centre, resized and brought to `fps`; one with truth
+    must fit as it is. size, photo: pixels a side, or (height, width).
     Raises InputError for a folder without clips and for a broken clip; with skip=True such clips are left out and
     listed, with the reason, in `broken`."""
     def __init__(self, folder, size=64, frames=25, fps=16, skip=False, photo=PHOTO):
@@ -1397,10 +1416,10 @@ class Clips:
         if self.truth:
             with np.load(f"{path}.npz", allow_pickle=False) as file:
                 clip = {k: torch.from_numpy(file[k]) for k in self.truth}
-            form = (self.frames, self.size, self.size)
+            form = (self.frames, *sides(self.size))
             if raw.shape[:3] != form or fps != self.fps or tuple(clip.get("mask", raw[..., 0]).shape) != form:
                 raise ValueError(f"{raw.shape[0]} frames of {raw.shape[2]}x{raw.shape[1]} at {fps} fps with truth; "
-                                 f"expected {self.frames} of {self.size}x{self.size} at {self.fps}, masks likewise")
+                                 f"expected {form[0]} of {form[2]}x{form[1]} at {self.fps}, masks likewise")
             for k in (k for k, v in clip.items() if v.is_floating_point() and v.isnan().any()):
                 raise ValueError(f"its {k} has NaN")
         else:
@@ -1448,33 +1467,36 @@ class Config:
     seed: int = 0                  # any integer
     split: str = "train"           # train, val or test
     unseen: bool = False           # sizes and heights outside the training range
-    size: int = 64                 # pixels
+    height: int = 64               # pixels
+    width: int = 64
     frames: int = 25               # at 16 fps
 
 
 def main():
     import common                                  # only to look at clips; the world itself needs nothing of ours
     cfg = common.parse_config(Config, sys.argv[1:])
-    common.check_range(cfg, n=(1, 10**8 if cfg.export else 256), size=(16, 1024), frames=(1, 1000))
+    common.check_range(cfg, n=(1, 10**8 if cfg.export else 256), height=(16, 2048), width=(16, 2048),
+                       frames=(1, 1000))
     if cfg.split not in SPLITS:
         raise common.InputError(f"--split={cfg.split}: expected one of {', '.join(SPLITS)}")
     names = common.check_names("scenarios", cfg.scenarios, SCENARIOS)
+    size = common.clip_size(cfg)
     if cfg.export:
         for name in names:
-            export(cfg.export, name, cfg.n, cfg.seed, cfg.split, cfg.unseen, cfg.size, cfg.frames)
-        print(f"{cfg.export} holds {len(Clips(cfg.export, cfg.size, cfg.frames))} clips")
+            export(cfg.export, name, cfg.n, cfg.seed, cfg.split, cfg.unseen, size, cfg.frames)
+        print(f"{cfg.export} holds {len(Clips(cfg.export, size, cfg.frames))} clips")
         return
     common.make_dir(cfg.out)
     rows = []
     for name in names:
-        batch = make_batch(name, cfg.n, cfg.seed, cfg.split, cfg.frames, cfg.size, unseen=cfg.unseen)
+        batch = make_batch(name, cfg.n, cfg.seed, cfg.split, cfg.frames, size, unseen=cfg.unseen)
         clips = [common.to_uint8(v) for v in batch["video"]]
         rows += clips
         common.write_image(f"{cfg.out}/{name}.png", common.sheet(clips, every=2))
-        common.write_video(f"{cfg.out}/{name}.mp4", common.grid(clips, 4), 16, scale=max(1, 256 // cfg.size))
+        common.write_video(f"{cfg.out}/{name}.mp4", common.grid(clips, 4), 16, scale=max(1, 256 // cfg.height))
         for i, caption in enumerate(batch["caption"]):
             print(f"{name} {i}: {caption}")
-    common.write_video(f"{cfg.out}/world.gif", common.grid(rows, cfg.n), 16, scale=max(1, 128 // cfg.size))
+    common.write_video(f"{cfg.out}/world.gif", common.grid(rows, cfg.n), 16, scale=max(1, 128 // cfg.height))
     print(f"wrote contact sheets and clips to {cfg.out}/; world.gif has a row for each scenario")
 
 
