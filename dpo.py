@@ -19,9 +19,9 @@ pairs in that format can be added: the truth as winner, other models, people's c
 
 Flow-DPO (PhysMaster Eq. 3), v = eps - x0, the same t and eps for winner and loser, constant beta:
     L = -log sigmoid(-beta / 2 * [(e_w - e_w_ref) - (e_l - e_l_ref)]),    e = mean (v - v_theta)^2
-A falling loss alone proves nothing: both errors may grow. So metrics.jsonl has winner and loser error against the
-reference, the margin and the implicit accuracy apart, and the outcome, traj_l2 on held-out scenes, along the way; by
-that outcome the best of all checkpoints is kept, which may be the one that a stage began with.
+A falling loss alone proves nothing: both errors may grow. So metrics2.jsonl and metrics3.jsonl have winner and loser
+error against the reference, the margin and the implicit accuracy apart, and the outcome, traj_l2 on held-out scenes,
+along the way; by that outcome the best of all checkpoints is kept, which may be the one that a stage began with.
 """
 import json
 import math
@@ -53,7 +53,7 @@ class Config:
     rounds: int = 1                 # how often: new pairs, all stages
     pool: str = "out/pairs"         # folder of preference pairs; made if it lacks shards
     scenes: str = "out/scenes"      # folder where scenes and what judges them are kept for other policies
-    scenarios: str = "drop,collide,roll,support,dominoes"  # names in simdata.SCENARIOS; they take turns
+    scenarios: str = ",".join(simdata.SCENARIOS)  # which of the world's, separated by commas; they take turns
     pairs: int = 1280               # scenes to draw candidates for; those without a clear winner are dropped
     height: int = 64                # pixels of the clips
     width: int = 64
@@ -80,7 +80,7 @@ class Config:
     log_every: int = 5              # steps
     eval_every: int = 125           # steps between val scores and checkpoints
     eval_clips: int = 160           # val clips that are sampled then
-    temperature: float = sample.DEFAULT_TEMPERATURE  # scale of their initial noise; that of candidates is 1
+    temperature: float = sample.DEFAULT_TEMPERATURE  # scale of their initial noise; that of candidates is --heat
     checkpointing: bool = False     # compute activations again in the backward pass instead of keeping them
     in_turn: bool = False           # clips one after the other through the network: less memory, a quarter more work
     seed: int = 0                   # of pairs, order, noise

@@ -4,7 +4,7 @@ trainable "physical head" (the trunk of Depth Anything's DPT) turns its features
 
     python encoder.py                     # pretrain the nano backbone on the simulator's truth, two CPU cores
     python encoder.py --resume=True       # go on after a stop, bit-exactly
-    python encoder.py --backbone=out/wan5b_data/backbone.safetensors --scenes=6000   # only fit a readout to another one
+    python encoder.py --backbone=FILE --scenes=6000 --size=74        # only fit a readout to another one (of 518 px)
     torchrun --nproc_per_node=8 encoder.py --batch=256 --steps=20000 --scenes=100000
 
 writes out/encoder/backbone.safetensors (config inside), readout.safetensors, depth_head.safetensors, metrics.jsonl and
@@ -35,6 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import common
+import simdata
 from common import InputError
 
 # image_size: the grid of pos_embed in pixels, which is resized for others. input_size: what PhysEncoder resizes the
@@ -370,7 +371,6 @@ def truth(clips, size, patches):
     """What a Readout should have said of clips of `size` pixels, T frames, N bodies -> owner (B, 4 L) uint8: which body
     a cell shows, 0 nobody; path (B, N, FUTURE, 2): where its centre will be, x and y in [-1, 1]. patches: a number a
     side, or (rows, columns). If the clips do not know, or are not square, which no readout knows, all are 0."""
-    import simdata                                                                     # PhysEncoder needs no simulator
     mask = clips["photo_mask"] if "photo_mask" in clips else clips["mask"][:, 0] if "mask" in clips else None
     rows, columns = simdata.sides(patches)
     if mask is None or not {"position", "camera"} <= clips.keys() or rows != columns:
@@ -523,7 +523,7 @@ class Config:
     out: str = ""                   # where the backbone's weights go; empty: out/<name>/backbone.safetensors
     backbone: str = ""              # fit a readout to this backbone and train nothing
     model: str = "nano"             # a name in CONFIGS; trained from scratch
-    scenarios: str = "drop,collide,roll,support,dominoes"  # names in simdata.SCENARIOS; they take turns
+    scenarios: str = ",".join(simdata.SCENARIOS)  # which of the world's, separated by commas; they take turns
     scenes: int = 36000             # training images, one per scene, spread evenly over the scenarios
     val_scenes: int = 512           # validation images, from the split "val"
     size: int = 64                  # pixels of the truth: mask, depth, normals; images have the encoder's input_size
@@ -553,7 +553,6 @@ MIRROR[[0, 5, 6]], MIRROR[STATE::2] = -1, -1
 
 def frames(name, n, seed, split, size, start, photo, device="cpu"):
     """One part of what render gives."""
-    import simdata                                                                     # PhysEncoder needs no simulator
     clips = simdata.make_batch(name, n, seed, split, 1 + FUTURE, size, start=start, filmed=1, photo=photo,
                                antialias=1, device=device)                             # of the film only truth is used
     return dict(image=((clips["photo"] + 1) * 127.5).round().byte(), depth=clips["depth"][:, 0],
@@ -582,7 +581,6 @@ def bodies(clips, size):
     of the box around it in camera axes, m^2 (how large, and turned which way; no axis has to be called the first); what
     shape; restitution, friction, and whether it falls. Then how far its centre will have moved, frame by frame, in
     halves of the picture: the physics to come."""
-    import simdata
     uv, z = simdata.project(clips["position"], clips["camera"])                        # (B, T, N, 2), (B, T, N)
     uv = uv * 2 / size - 1
     R = clips["camera"]["world_to_camera"][:, None, :3, :3] @ simdata.quat_to_matrix(clips["rotation"][:, 0])
@@ -771,7 +769,6 @@ def main():
     common.check_range(cfg, scenes=(1, 10**7), val_scenes=(1, 10**5), size=(16, 1024), steps=(1, 10**7),
                        batch=(1, 10**5), lr=(0, 1), adam_lr=(0, 1), warmup=(0, 10**6), weight_decay=(0, 1), ema=(0, 1),
                        log_every=(1, 10**6), eval_every=(1, 10**6), save_every=(1, 10**6))
-    import simdata
     from model import EMA
     common.check_names("scenarios", cfg.scenarios, simdata.SCENARIOS)
     if cfg.model not in CONFIGS:
@@ -779,7 +776,8 @@ def main():
     config = load_phys_encoder(cfg.backbone, config={"out_dim": 1}).config if cfg.backbone else CONFIGS[cfg.model]
     photo, patches = config["input_size"], config["input_size"] // config["patch_size"]
     if cfg.size % (2 * patches):
-        raise InputError(f"--size={cfg.size}: expected a multiple of {2 * patches}, twice the patches of {cfg.model}")
+        raise InputError(f"--size={cfg.size}: expected a multiple of {2 * patches}, twice the "
+                         f"patches of {cfg.backbone or cfg.model}")
     device, rank, world = common.setup(cfg.device)
     if cfg.batch % world:
         raise InputError(f"--batch={cfg.batch} is no multiple of the {world} ranks")

@@ -683,7 +683,7 @@ class Config:
     runs: str = "out/rows"          # where those lie; scores are kept beside them, so that only what is new is drawn
     ckpt: str = ""                  # another DiT file instead of data/dit.safetensors
     head: str = ""                  # another physical head instead of data/head1.safetensors
-    scenarios: str = "drop,collide,roll,support,dominoes"  # names in simdata.SCENARIOS; they share the scenes
+    scenarios: str = ",".join(simdata.SCENARIOS)  # which of the world's, separated by commas; they share the scenes
     clips: str = ""                 # a folder of clips (see simdata.py) to judge on instead of simulated ones
     skip_broken: bool = False       # leave broken clips of the folder out, and say so, instead of stopping
     height: int = 64                # pixels of the clips

@@ -41,7 +41,7 @@ class Config:
     name: str = "sft"               # the run's folder under out/
     data: str = "data"              # folder with vae.safetensors and backbone.safetensors
     pool: str = "out/pool"          # folder of cached latents; made if it lacks shards
-    scenarios: str = "drop,collide,roll,support,dominoes"  # names in simdata.SCENARIOS; they take turns
+    scenarios: str = ",".join(simdata.SCENARIOS)  # which of the world's, separated by commas; they take turns
     clips: int = 7680               # simulated clips in the pool, each also mirrored
     scenes: str = "out/scenes"      # folder where val scenes are kept for other runs
     physics: bool = True            # False: what would fall wanders about instead, for a base that knows no physics
@@ -94,7 +94,7 @@ PRESETS = {"nano": {},
                          clips=32768, steps=20000, batch=128, lr=3e-3, adam_lr=1e-3, eval_every=2000)}
 PRESETS |= {name: dict(name=name, data=f"out/{name}_data", init_from=f"out/{name}_data/dit.safetensors",
                        pool=f"out/pool_{name}", height=512, width=512, frames=49, fps=fps, foretell=False, steps=3000,
-                       lr=1e-5, adam_lr=1e-5, moving=1.0, checkpointing=True, eval_every=500)
+                       lr=1e-5, adam_lr=1e-5, moving=1.0, checkpointing=True, eval_every=500, eval_clips=64)
             for name, fps in (("wan5b", 24), ("wan1.3b", 16))}
 PATCH = 14                                         # pixels of the photo a side, in every DINOv2
 SHARD = 512                                        # clips simulated and encoded at a time
@@ -269,9 +269,10 @@ def main():
                                 "expected both alike, or --foretell=False")
     if cfg.head_from and not cfg.phys:
         raise common.InputError("--head_from starts the physical head, and --phys=False has none; expected one of them")
-    if cfg.fsdp and (world == 1 or cfg.eval_clips % (8 * world)):
+    most = 1 if max(cfg.height, cfg.width) > sample.SMALL else 8 if cfg.fsdp else 32             # val clips at a time
+    if cfg.fsdp and (world == 1 or cfg.eval_clips % (most * world)):
         raise common.InputError(f"--fsdp=True shards over the ranks of torchrun, here {world}; expected 2 or more, and "
-                                f"--eval_clips a multiple of {8 * world}, 8 a rank, so that all sample alike")
+                                f"--eval_clips a multiple of {most * world}, so that all sample alike")
     if cfg.graphs and (world > 1 or cfg.accumulate > 1):
         raise common.InputError(f"--graphs=True with {world} ranks and --accumulate={cfg.accumulate}: expected 1 and 1")
     if cfg.batch % (world * cfg.accumulate):
@@ -315,7 +316,6 @@ def main():
         pixels = encoder.config["input_size"]
     size = common.clip_size(cfg)
     form = dict(frames=cfg.frames, size=size, fps=cfg.fps, photo=simdata.scaled(size, pixels))
-    most = 1 if max(cfg.height, cfg.width) > sample.SMALL else 8 if cfg.fsdp else 32
     held_out = common.meanwhile(common.remembered, cfg.scenes, judge.val_scenes, names, cfg.eval_clips, most, rank,
                                 world, form) if cfg.steps else None
     pool = make_pool(cfg, vae, form["photo"], device, rank, world)

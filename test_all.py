@@ -3130,8 +3130,11 @@ def test_every_command_in_the_readme_parses():
             assert os.path.exists(f"{HERE}/{script}"), script
             continue
         module = configs[script]
-        common.parse_config(module.Config, words[words.index(script) + 1:], getattr(module, "PRESETS", None),
-                            "image" if script == "sample.py" else None)
+        cfg = common.parse_config(module.Config, words[words.index(script) + 1:], getattr(module, "PRESETS", None),
+                                  "image" if script == "sample.py" else None)
+        if words[0] == "torchrun" and module in (sft, dpo):                          # what has to be shared, can be
+            ranks = math.prod(int(w.split("=")[1]) for w in words if w.startswith(("--nnodes=", "--nproc_per_node=")))
+            assert cfg.batch % ranks == 0 and not (getattr(cfg, "fsdp", False) and cfg.eval_clips % ranks), words
         for word in words:
             assert not word.startswith("data/") or os.path.exists(f"{HERE}/{word}"), word
     for name in re.findall(r"!\[.*?\]\((.*?)\)", text):

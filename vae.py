@@ -29,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import common
+import simdata
 
 # dim, decoder_dim: channels at full resolution; mult: their multiple per stage (all stages but the last halve H and W);
 # temporal: which of those halvings also halve T; residual: nested stages with parameter-free shortcuts (Wan 2.2).
@@ -417,7 +418,7 @@ def visibility(vae, latent):
 class Config:
     name: str = "vae"               # the run's folder under out/
     out: str = ""                   # where the weights go; empty: out/<name>/vae.safetensors
-    scenarios: str = "drop,collide,roll,support,dominoes"  # names in simdata.SCENARIOS; they take turns
+    scenarios: str = ",".join(simdata.SCENARIOS)  # which of the world's, separated by commas; they take turns
     clips: int = 2560               # training clips, simulated once and kept in memory (0.4 MB each)
     val_clips: int = 64             # held-out clips
     steps: int = 6750               # optimizer steps; the learning rate follows a cosine over them
@@ -446,7 +447,6 @@ SIZE, FRAMES = 64, 25
 
 def clips(scenario, split, count, seed, start, device="cpu"):
     """-> uint8 video (N, 3, T, H, W) and body mask (N, T, H, W)."""
-    import simdata                                                                     # only training needs the world
     batch = simdata.make_batch(scenario, count, seed, split=split, frames=FRAMES, size=SIZE, start=start, device=device)
     return dict(video=((batch["video"] + 1) * 127.5).round().byte(), mask=batch["mask"])
 
@@ -546,7 +546,6 @@ def main():
     cfg = common.parse_config(Config, sys.argv[1:], PRESETS)
     common.check_range(cfg, clips=(1, 10**6), val_clips=(1, 10**5), steps=(1, 10**8), batch=(1, 10**5), lr=(0, 1),
                        window=(5, FRAMES), crop=(8, SIZE), whole=(0, 1), eval_every=(1, 10**8), warmup=(0, 10**8))
-    import simdata
     common.check_names("scenarios", cfg.scenarios, simdata.SCENARIOS)
     device, rank, world = common.setup(cfg.device)
     if cfg.decoder_only and not cfg.init_from:

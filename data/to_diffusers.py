@@ -2,9 +2,9 @@
 What was trained here, for people who use diffusers (needs `pip install diffusers`; for a LoRA neither side needs more
 than its file):
 
-    python data/to_diffusers.py --lora=out/dpo/lora2.safetensors --out=lora.safetensors   # pipe.load_lora_weights(...)
-    python data/to_diffusers.py --dit=out/sft/dit.safetensors --out=transformer           # WanTransformer3DModel
-    python data/to_diffusers.py --vae=out/vae/vae.safetensors --out=vae                   # AutoencoderKLWan
+    python data/to_diffusers.py --lora=out/dpo_wan5b/lora2.safetensors --out=lora.safetensors  # pipe.load_lora_weights
+    python data/to_diffusers.py --dit=out/wan5b/dit.safetensors --out=transformer         # WanTransformer3DModel
+    python data/to_diffusers.py --vae=out/wan5b/vae.safetensors --out=vae                 # AutoencoderKLWan
     python data/to_diffusers.py --data=out/wan5b --out=wan5b             # WanImageToVideoPipeline.from_pretrained(...)
 
 Physical tokens do not travel: diffusers' DiT has no place for them. A DiT that was trained with them loses their type
