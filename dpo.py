@@ -56,7 +56,7 @@ class Config:
     scenarios: str = ",".join(simdata.SCENARIOS)  # which of the world's, separated by commas; they take turns
     pairs: int = 1280               # scenes to draw candidates for; those without a clear winner are dropped
     height: int = 64                # pixels of the clips
-    width: int = 64
+    width: int = 64                 # likewise
     frames: int = 25                # of a clip, 1 + 4k
     fps: int = 16                   # of the clips
     text_emb: str = ""              # captions' embeddings for a Wan DiT (data/embed_text.py); empty: made with umT5

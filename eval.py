@@ -339,13 +339,14 @@ def looked_at(scenario, count, form):
 
 
 def val_scenes(names, clips, most, rank, world, form):
-    """`clips` val scenes in parts of `most`, the scenarios taking turns -> this rank's [(number, looked_at's dict)]."""
-    K, parts = len(names), [(i, min(most, clips - i)) for i in range(0, clips, most)]
-    each = {name: sum(n for _, n in parts[k::K]) for k, name in enumerate(names) if parts[k::K]}
-    made = dict(zip(each, common.side_by_side(looked_at, [(name, n, form) for name, n in each.items()])))
-    begin = lambda i: i // most // K * most        # the number of a part's first scene among those of its scenario
-    return [(i, {k: v[begin(i):begin(i) + n] for k, v in made[names[i // most % K]].items()})
-            for i, n in parts[rank::world]]
+    """`clips` val scenes in parts of at most `most`, the scenarios taking turns, so that each has its share -> this
+    rank's [(number, looked_at's dict)]."""
+    K = len(names)
+    most = min(most, max(1, clips // K))
+    mine = range(0, clips, most)[rank::world]
+    # of a scenario's scenes a part begins with number i // most // K * most
+    tasks = [(names[i // most % K], min(most, clips - i), form | dict(start=i // most // K * most)) for i in mine]
+    return list(zip(mine, common.side_by_side(looked_at, tasks)))
 
 
 def val_captions(names, clips):
@@ -687,7 +688,7 @@ class Config:
     clips: str = ""                 # a folder of clips (see simdata.py) to judge on instead of simulated ones
     skip_broken: bool = False       # leave broken clips of the folder out, and say so, instead of stopping
     height: int = 64                # pixels of the clips
-    width: int = 64
+    width: int = 64                 # likewise
     frames: int = 25                # of a clip, 1 + 4k
     fps: int = 16                   # of the clips
     text_emb: str = ""              # captions' embeddings for a Wan DiT (data/embed_text.py); empty: made with umT5

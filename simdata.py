@@ -1468,7 +1468,7 @@ class Config:
     split: str = "train"           # train, val or test
     unseen: bool = False           # sizes and heights outside the training range
     height: int = 64               # pixels
-    width: int = 64
+    width: int = 64                # likewise
     frames: int = 25               # at 16 fps
 
 

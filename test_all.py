@@ -1899,6 +1899,9 @@ def test_val_scenes_are_shared_by_ranks():
     drops = simdata.make_batch("drop", 6, 0, "val", **form)
     assert torch.equal(dict(whole)[8]["video"], drops["video"][4:, :, :1]) and len(dict(whole)[8]["caption"]) == 2
     assert dict(whole)[4]["caption"] == simdata.make_batch("roll", 4, 0, "val", **form)["caption"]
+    few = judge.val_scenes(["drop", "roll", "collide"], 7, 32, 0, 1, form)           # everybody has a share
+    assert [(i, len(batch["caption"])) for i, batch in few] == [(0, 2), (2, 2), (4, 2), (6, 1)]
+    assert few[2][1]["caption"] == simdata.make_batch("collide", 2, 0, "val", **form)["caption"]
 
 
 def test_judge_tells_right_from_wrong(clips):
