@@ -20,7 +20,7 @@ import subprocess
 import sys
 import threading
 import zipfile
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 
 import imageio
 import numpy as np
@@ -171,16 +171,18 @@ def setup(device="auto"):
     """-> (torch.device, rank, world size). Under torchrun it joins the process group and owns one GPU per rank."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and device == "cuda":             # each rank its own, from the first touch on
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(device)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError):
-        raise InputError(f"--device={device} is not usable here; expected auto, cuda, mps or cpu") from None
+        raise InputError(f"--device={device} is not usable here; expected auto, cuda, mps or cpu, and no more ranks "
+                         "than GPUs") from None
     keep_memory()
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and not dist.is_initialized():
         if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         # one rank may simulate for a long time while the others wait for it
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=2))
@@ -300,8 +302,17 @@ def remembered(folder, function, *args):
 
 
 def meanwhile(function, *args):
-    """function(*args) in a thread of its own -> a Future: for what is needed later and made by other processes."""
-    return ThreadPoolExecutor(1).submit(function, *args)
+    """function(*args) in a thread of its own -> a Future: for what is needed later and made by other processes. Nobody
+    waits for it who ends with an error."""
+    future = Future()
+
+    def work():
+        try:
+            future.set_result(function(*args))
+        except BaseException as error:
+            future.set_exception(error)
+    threading.Thread(target=work, daemon=True).start()
+    return future
 
 
 def ranks():
@@ -403,6 +414,8 @@ def atomic(path):
         os.chmod(tmp, 0o644)
         os.replace(tmp, path)
     except FileNotFoundError as error:
+        if os.path.isdir(folder or "."):           # what is missing is something else
+            raise
         raise InputError(f"cannot write {path}: the folder {folder or '.'} does not exist; create it first") from error
     except (PermissionError, NotADirectoryError, IsADirectoryError) as error:
         raise InputError(f"cannot write {path}: {error.strerror}; choose a path that can be written") from error
@@ -837,7 +850,7 @@ def load_state(path, modules, *optimizers):
                     _, i, k = key.split("/")
                     state.setdefault(int(i), {})[k] = like(owners[int(i)], value) if value.dim() else value
             optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-    except (RuntimeError, AssertionError, ValueError) as error:
+    except (RuntimeError, AssertionError, ValueError, KeyError, IndexError) as error:
         raise InputError(f"{path} belongs to another configuration: {str(error).splitlines()[0]}") from None
     return config["step"]
 

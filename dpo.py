@@ -66,7 +66,9 @@ class Config:
     heat: float = 1.0               # temperature of the candidates: scale of their initial noise
     truth: bool = False             # the simulator's own clip is one candidate more
     margin: float = 0.3             # least difference of scores, in pixels
-    sampler_steps: int = 12         # of the candidates
+    sampler_steps: int = 12         # of the candidates and the val clips, which guidance has no part in
+    sampler_shift: float = 3.0      # > 1 spends more of them near noise
+    solver: str = "ab2"             # ab2, euler or unipc
     beta: float = 500.0             # how closely the policy stays to the reference; 0 leaves the winner's loss alone
     sft: float = 0.1                # weight of the winner's flow-matching loss; 0 is the paper's loss
     shift: float = 5.0              # of the training times, as in Stage I
@@ -93,8 +95,9 @@ PRESETS = {"nano": {}, "gpu": dict(name="dpo_gpu", pool="out/pairs_gpu", pairs=2
            "small": dict(data="out/small", name="dpo_small", pool="out/pairs_small", height=128,
                                     width=128, frames=33, temperature=1.0)}
 PRESETS |= {name: dict(data=f"out/{name}", name=f"dpo_{name}", pool=f"out/pairs_{name}", height=512, width=512,
-                       frames=49, fps=fps, sampler_steps=25, temperature=1.0, checkpointing=True, in_turn=True,
-                       best_only=True) for name, fps in (("wan5b", 24), ("wan1.3b", 16))}
+                       frames=49, fps=fps, sampler_steps=25, sampler_shift=shift, solver="unipc", temperature=1.0,
+                       checkpointing=True, in_turn=True, best_only=True)
+            for name, fps, shift in (("wan5b", 24, 5.0), ("wan1.3b", 16, 8.0))}
 SHARD = 64                                         # scenes per shard of pairs, on a GPU more
 SEED = 1                                           # of these scenes, which neither the backbone nor Stage I has seen
 # What a stage trains. Of the rows in PhysMaster's Table 1, 4 and 5 are --stages=2, 6 is head, 7 both, 8 is 2,3 and 9 is
@@ -163,14 +166,43 @@ def pair_stamp(cfg, models):
     """What simulated pairs depend on; pairs from elsewhere only need the same VAE."""
     return {"vae": common.fingerprint(models.vae), "policy": common.fingerprint(models.dit, models.encoder),
             "size": common.clip_size(cfg), **{k: getattr(cfg, k) for k in (
-                "scenarios", "candidates", "heat", "truth", "margin", "sampler_steps", "frames", "fps")}}
+                "scenarios", "candidates", "heat", "truth", "margin", "sampler_steps", "sampler_shift", "solver",
+                "frames", "fps")}}
 
 
 def form(cfg, models):
     """What the clips are like, for simdata.make_batch."""
-    photo = models.encoder.config["input_size"] if models.encoder is not None else simdata.PHOTO
     size = common.clip_size(cfg)
-    return dict(size=size, frames=cfg.frames, fps=cfg.fps, photo=simdata.scaled(size, photo))
+    return dict(size=size, frames=cfg.frames, fps=cfg.fps, photo=judge.photo_size(models.encoder, size))
+
+
+def planned(cfg, scene, device):
+    """The shards of a pool of simulated pairs -> {name: dict(scenario, count: of scenes, start: the first one's
+    number)}. Large clips come one by one: what is drawn, filmed and parsed takes gigabytes each."""
+    names, shard = cfg.scenarios.split(","), 1
+    if sample.small(cfg):                          # a share for every scenario
+        shard = SHARD * common.scenes_at_once(device) * 25 * 64**2 / (cfg.frames * cfg.height * cfg.width)
+        shard = max(1, min(int(shard), math.ceil(cfg.pairs / len(names))))
+    return {f"{s:04d}": dict(scenario=names[s % len(names)], count=min(shard, cfg.pairs - start), start=scene + start)
+            for s, start in enumerate(range(0, cfg.pairs, shard))}
+
+
+def shards_of(pool):
+    return sorted(f[:-len(".safetensors")] for f in os.listdir(pool) if f.endswith(".safetensors") and f[0] != ".")
+
+
+def check_pool(pool, stamp, plan):
+    """Raises InputError if a shard that lies in the pool does not belong there."""
+    for name in shards_of(pool):
+        made, wanted = common.read_config(f"{pool}/{name}.safetensors"), stamp | plan.get(name, {})
+        if not os.path.exists(f"{pool}/{name}.jsonl"):
+            raise common.InputError(f"{pool}/{name}.jsonl is missing; it belongs to {name}.safetensors")
+        told = all("winner" in line for line in common.read_lines(f"{pool}/{name}.jsonl"))
+        for key in [key for key in wanted if key in made]:                           # what it knows of itself
+            # where the truth is a candidate, there are the pairs without it as well, if their lines say who is who
+            if made[key] != wanted[key] and not (key == "truth" and made[key] and told):
+                raise common.InputError(f"{pool}/{name}.safetensors was made with another {key}; delete {pool} "
+                                        "or choose another --pool")
 
 
 def ranked(scores, margin):
@@ -199,23 +231,21 @@ def make_pairs(cfg, models, pool, scene, stop, device, rank, world):
 
     Every rank makes its own; a killed run goes on with the next missing shard."""
     common.make_dir(pool)
-    names, stamp = cfg.scenarios.split(","), pair_stamp(cfg, models)
-    # larger clips: fewer at a time; and a share for every scenario
-    shard = SHARD * common.scenes_at_once(device) * 25 * 64**2 / (cfg.frames * cfg.height * cfg.width)
-    shard = max(1, min(int(shard), math.ceil(cfg.pairs / len(names))))
-    missing = [s for s in range(math.ceil(cfg.pairs / shard))[rank::world]
-               if not os.path.exists(f"{pool}/{s:04d}.safetensors")]
-    tasks = [(names[s % len(names)], min(shard, cfg.pairs - s * shard), scene + s * shard, form(cfg, models),
-              str(device), cfg.truth) for s in missing]
-    made = common.side_by_side(common.remembered, [(cfg.scenes, judged, *task) for task in tasks], device)
-    bar = tqdm(zip(missing, tasks), f"pairs, shards of {shard} scenes", len(missing), disable=rank > 0 or not missing)
-    for s, (scenario, count, start, *_) in bar:
+    stamp, plan = pair_stamp(cfg, models), planned(cfg, scene, device)
+    check_pool(pool, stamp, plan)                  # before hours of work
+    missing = [name for name in [*plan][rank::world] if not os.path.exists(f"{pool}/{name}.safetensors")]
+    made = common.side_by_side(common.remembered, [
+        (cfg.scenes, judged, plan[name]["scenario"], plan[name]["count"], plan[name]["start"], form(cfg, models),
+         str(device), cfg.truth) for name in missing], device)
+    bar = tqdm(missing, f"pairs, shards of {plan['0000']['count']} scenes", disable=rank > 0 or not missing)
+    for name in bar:
         if stop.now:
             break
+        scenario, count, start = plan[name].values()
         batch = common.each(next(made), lambda v: v.to(device))
         photo, text = batch["photo"], models.read(batch["caption"]).to(device)
-        film, small = batch["video"].float() / 127.5 - 1, max(cfg.height, cfg.width) <= sample.SMALL
-        frame = film[:, :, :1]
+        film, chunk = batch["video"].float() / 127.5 - 1, 0 if sample.small(cfg) else 2
+        batch["video"] = frame = film[:, :, :1]
         latents, scores = [], []
         with common.autocast(device):
             firsts = [models.vae.encode(x) for x in (frame, frame.flip(-1))]         # as it is, and in a mirror
@@ -223,18 +253,20 @@ def make_pairs(cfg, models, pool, scene, stop, device, rank, world):
             for k in range(cfg.candidates + cfg.truth):
                 x0 = sample.generate_latent(models, firsts[0], text, phys,
                                             [("pairs", SEED, start + i, k) for i in range(count)], cfg.frames,
-                                            steps=cfg.sampler_steps, temperature=cfg.heat) \
-                    if k < cfg.candidates else models.vae.encode(film)[:, :, 1:]
-                video = models.vae.decode(torch.cat([firsts[0], x0], 2), 0 if small else 2)
-                scores.append(score(video, batch, batch["weights"]).cpu())
+                                            cfg.sampler_steps, cfg.sampler_shift, solver=cfg.solver,
+                                            temperature=cfg.heat) \
+                    if k < cfg.candidates else models.vae.encode(film, chunk)[:, :, 1:]
+                video = models.vae.decode(torch.cat([firsts[0], x0], 2), chunk)
+                with torch.autocast(device.type, enabled=False):
+                    scores.append(score(video.float(), batch, batch["weights"]).cpu())
                 # gravity has no left or right, and an encoded mirror image is what the DiT would have to make there
                 flipped = torch.cat([frame, video[:, :, 1:].to(frame)], 2).flip(-1)
-                latents.append(torch.stack([x0, models.vae.encode(flipped, 0 if small else 2)[:, :, 1:]]).cpu())
+                latents.append(torch.stack([x0, models.vae.encode(flipped, chunk)[:, :, 1:]]).cpu())
         latents, firsts = torch.stack(latents), torch.stack(firsts).cpu()            # (K, 2, B, ...), (2, B, ...)
         pairs = [(*pair, m) for pair in ranked(torch.stack(scores), cfg.margin) for m in (0, 1)]
         scene_of, better, worse, mirrored = torch.tensor(pairs, dtype=torch.long).view(-1, 4).unbind(1)
         who = [f"sample {k}" for k in range(cfg.candidates)] + ["truth"]
-        with common.atomic(f"{pool}/{s:04d}.jsonl") as tmp, open(tmp, "w") as f:
+        with common.atomic(f"{pool}/{name}.jsonl") as tmp, open(tmp, "w") as f:
             for i, w, l, m in pairs:
                 f.write(json.dumps({"scenario": scenario, "seed": SEED, "index": start + i,
                                     "caption": batch["caption"][i], "winner_score": round(scores[w][i].item(), 4),
@@ -242,10 +274,10 @@ def make_pairs(cfg, models, pool, scene, stop, device, rank, world):
                                     "loser": who[l], "mirrored": bool(m), "source": "simulator"}) + "\n")
         photos = ((torch.stack([photo, photo.flip(-1)]) + 1) * 127.5).round().byte().cpu()
         # the tensors last: their file says that the shard is complete
-        common.save_weights(f"{pool}/{s:04d}.safetensors", dict(
+        common.save_weights(f"{pool}/{name}.safetensors", dict(
             first=firsts[mirrored, scene_of].bfloat16(), winner=latents[better, mirrored, scene_of].bfloat16(),
             loser=latents[worse, mirrored, scene_of].bfloat16(), photo=photos[mirrored, scene_of],
-            text=M.bytes_to_tokens(batch["caption"], M.LONG)[scene_of].short()), stamp)
+            text=M.bytes_to_tokens(batch["caption"], M.LONG)[scene_of].short()), stamp | plan[name])
     made.close()
     return stop.agreed(device)                     # once all ranks are done
 
@@ -260,28 +292,22 @@ def chosen(lines, best_only, mirror, truth):
     widest = {}
     for i in kept:
         line = lines[i]
-        key = tuple(line[k] for k in ("scenario", "seed", "index")) + (line.get("mirrored"),) if "index" in line else i
+        key = tuple(map(line.get, ("scenario", "seed", "index", "mirrored"))) if "index" in line else i
         margin = line.get("winner_score", 0) - line.get("loser_score", 0)
         if margin > widest.get(key, (-math.inf, i))[0]:
             widest[key] = margin, i
     return [i for _, i in widest.values()]
 
 
-def load_pairs(cfg, models, pool, rank):
+def load_pairs(cfg, pool, rank):
     """All shards in a folder -> dict of tensors, a pair a row. Raises InputError when they do not belong together."""
-    names = sorted(f[:-len(".safetensors")] for f in os.listdir(pool) if f.endswith(".safetensors"))
-    stamp, parts, lines = pair_stamp(cfg, models), [], []
-    for name in names:
-        tensors, made = common.read_weights(f"{pool}/{name}.safetensors")
-        if not os.path.exists(f"{pool}/{name}.jsonl"):
-            raise common.InputError(f"{pool}/{name}.jsonl is missing; it belongs to {name}.safetensors")
-        with open(f"{pool}/{name}.jsonl") as f:
-            notes = [json.loads(line) for line in f]
-        for key in made.keys() & stamp.keys():     # pairs from elsewhere carry only what they know
-            # where the truth is a candidate, there are the pairs without it as well, if their lines say who is who
-            if made[key] != stamp[key] and not (key == "truth" and made[key] and all("winner" in n for n in notes)):
-                raise common.InputError(f"{pool}/{name}.safetensors was made with another {key}; delete {pool} "
-                                        "or choose another --pool")
+    parts, lines = [], []
+    for name in shards_of(pool):
+        tensors, _ = common.read_weights(f"{pool}/{name}.safetensors")
+        notes = common.read_lines(f"{pool}/{name}.jsonl")
+        if lacking := {"first", "winner", "loser", "photo", "text"} - tensors.keys():
+            raise common.InputError(f"{pool}/{name}.safetensors has no {', '.join(sorted(lacking))}; expected first, "
+                                    "winner, loser, photo and text")
         if len(notes) != len(tensors["winner"]):
             raise common.InputError(f"{pool}/{name}: {len(notes)} lines in .jsonl, "
                                     f"{len(tensors['winner'])} pairs in .safetensors")
@@ -340,7 +366,7 @@ def train(cfg, stage, around, models, pairs, held_out, folder, stop, device, ran
         loss, is what the stage is for."""
         raw.eval()
         value, _ = judge.outcome(models, held_out.result(), device, steps=cfg.sampler_steps,
-                                 temperature=cfg.temperature)
+                                 shift=cfg.sampler_shift, solver=cfg.solver, temperature=cfg.temperature)
         raw.train()
         if value < best["val_traj_l2"]:
             for k, p in trained.items():
@@ -439,10 +465,12 @@ def main():
     common.check_range(cfg, rounds=(1, 10**4), pairs=(1, 10**8), candidates=(2, 256), margin=(0, 1e3), beta=(0, 1e7),
                        sft=(0, 1e3), rank=(1, 1024), alpha=(1, 4096), steps=(0, 10**7), batch=(1, 10**6),
                        eval_clips=(1, 10**5), log_every=(1, 10**7), eval_every=(1, 10**7), sampler_steps=(1, 1000),
-                       lr=(0, 1), lr_head=(0, 1), warmup=(0, 10**7), shift=(0.01, 100), temperature=(0, 2),
-                       heat=(0, 2), height=(16, 2048), width=(16, 2048), frames=(5, 1001), fps=(1, 240))
+                       lr=(0, 1), lr_head=(0, 1), warmup=(0, 10**7), shift=(0.01, 100), sampler_shift=(0.01, 100),
+                       temperature=(0, 2), heat=(0, 2), height=(16, 2048), width=(16, 2048), frames=(5, 1001),
+                       fps=(1, 240))
     common.check_frames(cfg)
     common.check_names("scenarios", cfg.scenarios, simdata.SCENARIOS)
+    common.check_names("solver", cfg.solver, M.SOLVERS)
     stages = cfg.stages.split(",")
     if cfg.stages not in ("2", "3", "head", "both", "2,3", "2,both"):
         raise common.InputError(f"--stages={cfg.stages}: expected 2, 3, head, both, 2,3 or 2,both")
@@ -456,8 +484,11 @@ def main():
     if stages != ["2"] and models.encoder is None:
         raise common.InputError(f"--stages={cfg.stages} trains the physical head, but this DiT was trained without "
                                 "one; expected --stages=2")
+    sample.check_foretelling(models.encoder, cfg)
+    if cfg.stages == "3" and not os.path.exists(f"{cfg.data}/lora2.safetensors"):
+        raise common.InputError(f"--stages=3 goes on from Stage II: {cfg.data} has no lora2.safetensors; expected "
+                                "--stages=2,3, or the folder of a run of Stage II")
     models.dit.checkpointing = cfg.checkpointing
-    folder = common.start_run(cfg, rank, f"out/{cfg.name}")
 
     def understand(texts):
         """What an outside text encoder says about them, if the DiT needs one, computed once."""
@@ -466,11 +497,8 @@ def main():
             models.text = (models.text or {}) | sample.text_features(path, texts, width, cfg.data, device)
 
     understand(captions(cfg))
-    if rank == 0 and cfg.steps:                    # first, so that with its last file the folder is whole
-        sample.carry_over(cfg.data, folder, "vae", "backbone", "readout", "dit", "head1",
-                          *["lora2"] * (stages == ["3"]), text_emb=cfg.text_emb)
     held_out = common.meanwhile(common.remembered, cfg.scenes, judge.val_scenes, cfg.scenarios.split(","),
-                                cfg.eval_clips, 32 if max(cfg.height, cfg.width) <= sample.SMALL else 1, rank, world,
+                                cfg.eval_clips, 32 if sample.small(cfg) else 1, rank, world,
                                 form(cfg, models)) if cfg.steps else None
     stop, stopped = common.Stop(), False
     for around in range(1, cfg.rounds + 1):
@@ -478,8 +506,13 @@ def main():
         if make_pairs(cfg, models, pool, (around - 1) * cfg.pairs, stop, device, rank, world):
             stopped = True
             break
-        pairs = common.at_hand(load_pairs(cfg, models, pool, rank), device)
+        pairs = common.at_hand(load_pairs(cfg, pool, rank), device)
         understand(M.tokens_to_strings(pairs["text"]))                               # pairs may come from elsewhere
+        if around == 1 and cfg.steps:              # all it reads is there
+            folder = common.start_run(cfg, rank, f"out/{cfg.name}")
+            if rank == 0:                          # copied first, so that with its last file the folder is whole
+                sample.carry_over(cfg.data, folder, "vae", "backbone", "readout", "dit", "head1",
+                                  *["lora2"] * (stages == ["3"]), text_emb=cfg.text_emb)
         if around == 1 and stages == ["3"]:        # Stage III alone: Stage II's LoRA is on, in policy and reference
             models, text = sample.load_models(cfg.data, 2, device=device), models.text
             models.dit.checkpointing, models.text = cfg.checkpointing, text

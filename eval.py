@@ -30,6 +30,7 @@ import common
 import sample
 import simdata
 from encoder import truth
+from model import SOLVERS
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -382,7 +383,8 @@ def reference_rows(batch, again, vae, device):
     """Videos that say what a number means: {row: video (B, 3, T, H, W)}. again: the jittered batch, None if unknown."""
     video = batch["video"]
     with common.autocast(device):
-        recon = vae.decode(vae.encode(video))
+        chunk = 0 if max(video.shape[3:]) <= sample.SMALL else 2
+        recon = vae.decode(vae.encode(video, chunk), chunk)
     jittered = {"jittered truth": again["video"]} if again else {}
     return {"truth re-parsed": video, "VAE round trip": recon, **jittered,
             "static": video[:, :, :1].expand_as(video),
@@ -401,12 +403,16 @@ def scenes(scenario, count, where, photo, jittered):
     return dict(batch={k: batch[k] for k in NEEDED}, again={k: again[k] for k in ("video",) if again})
 
 
+def photo_size(encoder, size):
+    """How large the encoder's picture of clips of that size is: its shorter side has as many pixels as it looks at."""
+    return simdata.scaled(size, encoder.config["input_size"] if encoder is not None else simdata.PHOTO)
+
+
 def film(places, models, split, chunk, jittered, form):
     """This rank's chunks of all scenes of `places`, each (n, seed, unseen, scenario), one after the other: an iterator
     over what `scenes` gives, made side by side."""
     rank = dist.get_rank() if dist.is_initialized() else 0
-    photo = models.encoder.config["input_size"] if models.encoder is not None else simdata.PHOTO
-    photo = simdata.scaled(form["size"], photo)
+    photo = photo_size(models.encoder, form["size"])
     return common.side_by_side(scenes, [
         (scenario, min(chunk, n - start), form | dict(seed=seed, split=split, start=start, unseen=unseen), photo,
          jittered) for n, seed, unseen, scenario in places for start in range(0, n, chunk)[rank::common.ranks()]])
@@ -414,20 +420,20 @@ def film(places, models, split, chunk, jittered, form):
 
 @torch.no_grad()
 def evaluate(models, split, n, seed=0, unseen=False, scenario="drop", best_of=1, references=True, chunk=64, steps=12,
-             cfg=1.0, temperature=1.0, clips=None, size=64, frames=25, fps=16, films=None):
+             shift=3.0, cfg=1.0, solver="ab2", temperature=1.0, clips=None, size=64, frames=25, fps=16, films=None):
     """Generate and measure n scenes of a split. models: {row name: sample.Models}. -> {row: {metric: (n,) tensor}}.
     Under torchrun the ranks share the scenes, and all get all results.
 
     clips: a simdata.Clips, from which the scenes are taken instead; such have no jittered truth. films: an iterator
     over what `scenes` gives for each chunk, where it has been asked for already (see film).
-    steps, cfg, temperature: as in sample.generate; models need `text` if the DiT reads features. size (pixels a side,
-    or height and width), frames, fps: of the clips.
+    steps, shift, cfg, solver, temperature: as in sample.generate; models need `text` if the DiT reads features. size
+    (pixels a side, or height and width), frames, fps: of the clips.
     best_of > 1 adds the row "<name>, oracle best of k": the sample of lowest traj_l2, what choosing could reach.
     references adds the rows of reference_rows and, if the first model's encoder foretells, "<name>, told the truth":
     what its DiT does when the encoder's foresight is put right, so that what is still wrong is the painting."""
     parts, first = {}, next(iter(models.values()))                                   # {first scene: {row: metrics}}
     vae, device = first.vae, next(first.vae.parameters()).device
-    form = dict(size=size, frames=frames, fps=fps)
+    form, how = dict(size=size, frames=frames, fps=fps), dict(cfg=cfg, solver=solver, temperature=temperature)
     height, width = simdata.sides(size)
     foretells = first.encoder is not None and first.encoder.readout is not None and height == width
     rank = dist.get_rank() if dist.is_initialized() else 0
@@ -447,14 +453,13 @@ def evaluate(models, split, n, seed=0, unseen=False, scenario="drop", best_of=1,
         for name, m in models.items():
             keys = [[(split, int(unseen), seed, start + i, k) for i in range(count)] for k in range(best_of)]
             image, photo = batch["video"][:, :, 0], batch["photo"]
-            draws = torch.stack([sample.generate(m, image, batch["caption"], key, frames, steps, cfg=cfg,
-                                                 temperature=temperature, photo=photo) for key in keys])
+            draws = torch.stack([sample.generate(m, image, batch["caption"], key, frames, steps, shift, photo=photo,
+                                                 **how) for key in keys])
             videos[name] = draws[0]
             if references and m is first and foretells and {"position", "camera"} <= batch.keys():
                 told = truth(batch, size, photo.shape[-1] // m.encoder.backbone.patch)
                 videos[f"{name}, told the truth"] = sample.generate(
-                    m, image, batch["caption"], keys[0], frames, steps, cfg=cfg, temperature=temperature, photo=photo,
-                    truth=told)
+                    m, image, batch["caption"], keys[0], frames, steps, shift, photo=photo, truth=told, **how)
             if best_of > 1:
                 error = torch.stack([measure(v, batch, fps, detail=False)["traj_l2"].nan_to_num(1) for v in draws])
                 videos[f"{name}, oracle best of {best_of}"] = draws[error.argmin(0), torch.arange(count, device=device)]
@@ -574,7 +579,8 @@ def table_one(cfg, places, options, device, rank):
             # what choosing among Stage I's samples could reach is a row of its own
             stamp = dict(weights=weights, best_of=4 if folder == "row3" else 1,
                          size=options["size"], **{k: getattr(cfg, k) for k in (
-                             "scenarios", "n", "seed", "steps", "cfg", "temperature", "frames", "fps")})
+                             "scenarios", "n", "seed", "steps", "shift", "cfg", "solver", "temperature", "frames",
+                             "fps")})
             if made:
                 for key in stamp:
                     if made.get(key) != stamp[key]:
@@ -696,6 +702,8 @@ class Config:
     n: int = 500                    # scenes per split (seen, and as many unseen)
     seed: int = 0                   # which scenes
     steps: int = 12                 # sampler steps
+    shift: float = 3.0              # > 1 spends more of them near noise
+    solver: str = "ab2"             # ab2, euler or unipc
     cfg: float = 1.0                # guidance on the text; 1 is off
     temperature: float = sample.DEFAULT_TEMPERATURE  # scale of the initial noise
     best_of: int = 1                # > 1 adds the oracle row: the best of k seeds by the truth
@@ -707,8 +715,8 @@ class Config:
 
 PRESETS = {"nano": {}, "small": dict(data="out/small", height=128, width=128, frames=33, cfg=1.0, temperature=1.0)}
 PRESETS |= {name: dict(data=f"out/{name}", height=512, width=512, frames=49, fps=fps, steps=50, cfg=5.0,
-                       temperature=1.0, chunk=1)
-            for name, fps in (("wan5b", 24), ("wan1.3b", 16))}
+                       shift=shift, solver="unipc", temperature=1.0, chunk=1)
+            for name, fps, shift in (("wan5b", 24, 5.0), ("wan1.3b", 16, 8.0))}
 
 
 def shared(cfg):
@@ -728,7 +736,7 @@ def captions(cfg):
 
 def main():
     cfg = common.parse_config(Config, sys.argv[1:], PRESETS)
-    common.check_range(cfg, n=(1, 10**6), steps=(1, 1000), cfg=(0, 30), temperature=(0, 2),
+    common.check_range(cfg, n=(1, 10**6), steps=(1, 1000), shift=(0.01, 100), cfg=(0, 30), temperature=(0, 2),
                        best_of=(1, 64), chunk=(1, 4096), height=(16, 2048), width=(16, 2048), frames=(5, 1001),
                        fps=(1, 240))
     common.check_frames(cfg)
@@ -736,6 +744,7 @@ def main():
     names = list(shares)
     if cfg.json:
         common.check_writable(cfg.json)
+    common.check_names("solver", cfg.solver, SOLVERS)
     if cfg.split not in ("val", "test"):
         raise common.InputError(f"--split={cfg.split}: expected val or test")
     if not set(cfg.stages.split(",")) <= {"1", "2", "3"}:
@@ -758,8 +767,9 @@ def main():
         more[name] = at, stage if stage == "head" else int(stage)
     device, rank, _ = common.setup(cfg.device)
     size = common.clip_size(cfg)
-    options = dict(best_of=cfg.best_of, references=cfg.references, chunk=cfg.chunk, steps=cfg.steps, cfg=cfg.cfg,
-                   temperature=cfg.temperature, size=size, frames=cfg.frames, fps=cfg.fps)
+    options = dict(best_of=cfg.best_of, references=cfg.references, chunk=cfg.chunk, steps=cfg.steps, shift=cfg.shift,
+                   cfg=cfg.cfg, solver=cfg.solver, temperature=cfg.temperature, size=size, frames=cfg.frames,
+                   fps=cfg.fps)
 
     places = {f"{name}, {split}": (n, cfg.seed, split == "unseen", name)
               for split in ("seen", "unseen") for name, n in shares.items() if n}
@@ -777,12 +787,15 @@ def main():
     models |= {name: sample.load_models(*place, device=device) for name, place in more.items()}
     first = next(iter(models.values()))
     common.check_sides(cfg, ("height", "width"), 2 * first.vae.stride)
+    for m in models.values():
+        sample.check_foretelling(m.encoder, cfg)
     if first.dit.config["text"] == "features":
         text = sample.text_features(cfg.text_emb or f"{cfg.data}/captions.safetensors", captions(cfg),
                                     first.dit.config["text_dim"], cfg.data, device)
         for m in models.values():
             m.text = text
     if cfg.clips:
+        folder.photo = photo_size(first.encoder, size)
         per_row = {cfg.clips: evaluate(models, cfg.split, min(cfg.n, len(folder)), cfg.seed, clips=folder, **options)}
         broken = sum(common.gather(folder.broken), [])
         if broken and rank == 0:

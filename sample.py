@@ -6,7 +6,7 @@ An image in, a physical video out.
     python sample.py data/roll.png --stage=1 --steps=30 --seed=7
     python sample.py photo.jpg --preset=wan5b --weights=Wan2.2-TI2V-5B --prompt="a ball falls onto the floor"
 
-Any PNG, JPEG or WebP with sides of 16 to 8192 pixels; the centre square is used. The video's format follows the name
+Any PNG, JPEG or WebP with sides of 16 to 8192 pixels; its centre is used. The video's format follows the name
 of --out: mp4, gif or webp. The same seed gives the same bytes. Without --prompt the text that the image itself carries
 (a PNG "Description") is used. In Python:
 
@@ -89,6 +89,18 @@ def load_models(data="data", stage=1, ckpt="", head="", device="cpu"):
     return Models(vae, encoder, dit)
 
 
+def check_foretelling(encoder, cfg):
+    """Raises InputError for an encoder that foretells, if cfg's clips are not what its readout was fitted to."""
+    if encoder is not None and encoder.readout is not None and (cfg.height != cfg.width or cfg.fps != 16):
+        raise InputError(f"--height={cfg.height} --width={cfg.width} --fps={cfg.fps}: what this encoder foretells is "
+                         "of square clips at 16 fps; expected such, or one trained with --foretell=False")
+
+
+def small(cfg):
+    """Whether cfg's clips are so small that many are made at a time, and whole."""
+    return max(cfg.height, cfg.width) <= SMALL
+
+
 def carry_over(data, folder, *names, text_emb=""):
     """Copy these weights of one folder, those that it has, into another, so that that can be --data by itself, and the
     file of captions' features, text_emb or else the folder's."""
@@ -99,6 +111,8 @@ def carry_over(data, folder, *names, text_emb=""):
                 shutil.copy(file, tmp)
     for part in TEXT_ENCODER:                      # gigabytes: a link will do
         if os.path.exists(f"{data}/{part}") and not os.path.exists(f"{folder}/{part}"):
+            if os.path.lexists(f"{folder}/{part}"):                                  # to where it was
+                os.remove(f"{folder}/{part}")
             os.symlink(os.path.realpath(f"{data}/{part}"), f"{folder}/{part}")
 
 
@@ -275,8 +289,7 @@ def main():
                        shift=(0.01, 100), stage=(0, 3), scale=(1, 16))
     common.check_frames(cfg)
     from model import BYTES, SOLVERS
-    if cfg.solver not in SOLVERS:
-        raise InputError(f"--solver={cfg.solver}: expected one of {', '.join(SOLVERS)}")
+    common.check_names("solver", cfg.solver, SOLVERS)
     if cfg.model not in ("nano", *PUBLISHED):
         raise InputError(f"--model={cfg.model}: expected one of nano, {', '.join(PUBLISHED)}")
     features = bool(cfg.weights)                   # of an outside text encoder; else the DiT reads bytes
@@ -287,6 +300,9 @@ def main():
                          "or --data=FOLDER, a run of sft.py on them")
     if cfg.weights and cfg.model not in PUBLISHED:
         raise InputError(f"--weights={cfg.weights}: published files go with --preset={' or --preset='.join(PUBLISHED)}")
+    if cfg.weights and (cfg.ckpt or cfg.head or cfg.stage > 1):
+        raise InputError("--weights are published files alone; expected neither --ckpt, --head nor --stage beside "
+                         "them, or --data=FOLDER, a run of sft.py or dpo.py, in their place")
     if cfg.weights:                                # before gigabytes are read
         common.check_sides(cfg, ("height", "width"), SIDES[cfg.model])
     out = cfg.out or f"out/{os.path.splitext(os.path.basename(cfg.image))[0]}.mp4"

@@ -109,7 +109,7 @@ SEED = 2
 def prepare(batch, size, photo):
     """A make_batch dict -> what the pool needs of B clips; text and what a readout should say also of their mirror
     images, which obey the same laws."""
-    turned = batch | {k: batch[k].flip(-1) for k in ("video", "photo", "mask", "photo_mask") if k in batch}
+    turned = batch | {k: batch[k].flip(-1) for k in ("mask", "photo_mask") if k in batch}
     patches = [n // PATCH for n in simdata.sides(photo)]
     owner, course = (torch.cat(x) for x in zip(*(truth(b, size, patches) for b in (batch, turned))))
     course[len(course) // 2:, ..., 0] *= -1
@@ -131,9 +131,11 @@ def at_once(cfg, count, device):
 
 def shards_of(cfg, total, device):
     """The parts in which a pool is made -> [(scenario, the first clip's number, how many)]."""
-    names, shard = cfg.scenarios.split(","), at_once(cfg, SHARD, device)
-    if not cfg.folder:                             # small pools, too, have a share of every scenario
-        shard = min(shard, math.ceil(total / len(names)))
+    names = cfg.scenarios.split(",")
+    if cfg.folder:                                 # what is read and not simulated gains nothing from large parts
+        shard = at_once(cfg, SHARD, torch.device("cpu"))
+    else:                                          # small pools, too, have a share of every scenario
+        shard = min(at_once(cfg, SHARD, device), math.ceil(total / len(names)))
     return [(names[i % len(names)], start, min(shard, total - start)) for i, start in enumerate(range(0, total, shard))]
 
 
@@ -158,47 +160,50 @@ def make_pool(cfg, vae, photo, device, rank, world):
     common.make_dir(cfg.pool)
     form = dict(size=common.clip_size(cfg), frames=cfg.frames, fps=cfg.fps, photo=photo)
     folder = simdata.Clips(cfg.folder, skip=cfg.skip_broken, **form) if cfg.folder else None
-    part = at_once(cfg, 16, device)
+    part, chunk = (at_once(cfg, 16, device), 0) if sample.small(cfg) else (1, 2)      # clips, latent frames at a time
     shards = []                                    # (path, what it holds): latents of another VAE would train as well,
     # and then sample noise, so a shard remembers where it comes from
-    for s, (name, start, count) in enumerate(shards_of(cfg, len(folder) if folder else cfg.clips, device)):
-        source = dict(folder=os.path.abspath(cfg.folder)) if folder else dict(
+    for s, (name, start, count) in enumerate(shards_of(cfg, len(folder) if cfg.folder else cfg.clips, device)):
+        source = dict(folder=os.path.abspath(cfg.folder)) if cfg.folder else dict(
             scenario=name, seed=SEED, physics=cfg.physics)
         shards.append((f"{cfg.pool}/{s:04d}.safetensors", dict(
             vae=common.fingerprint(vae), paths=True, **source, start=start, count=count, **form)))
+    for path, what in (shard for shard in shards if os.path.exists(shard[0])):       # before any is made
+        made = common.read_config(path)
+        if made != what:
+            different = next(k for k in what if made.get(k) != what[k])
+            raise common.InputError(f"{path} was made with another {different}; delete {cfg.pool} or choose another "
+                                    "--pool")
     missing = [shard for shard in shards[rank::world] if not os.path.exists(shard[0])]
 
     def read():
         for _, what in missing:
             batch = folder.read(what["start"], what["count"])
-            if not batch:
-                raise common.InputError(f"{cfg.folder}: none of {what['count']} clips can be read: {folder.broken[-1]}")
-            yield prepare(batch, form["size"], photo)
-    clips = read() if folder else common.side_by_side(
+            yield prepare(batch, form["size"], photo) if batch else None             # all of them broken
+    clips = read() if cfg.folder else common.side_by_side(
         simulate, [(what["scenario"], what["count"], what["start"], form | dict(physics=cfg.physics), str(device))
                    for _, what in missing], device)
     for path, what in tqdm(missing, desc=f"pool, shards of {shards[0][1]['count']}", disable=rank > 0 or not missing):
         made = next(clips)
+        if made is None:
+            continue
         with common.autocast(device):
             video = made.pop("video").split(part)
-            latent = torch.cat([vae.encode(v.to(device).float() / 127.5 - 1).to("cpu", torch.bfloat16)
+            latent = torch.cat([vae.encode(v.to(device).float() / 127.5 - 1, chunk).to("cpu", torch.bfloat16)
                                 for way in (lambda v: v, lambda v: v.flip(-1)) for v in map(way, video)])
         photos = torch.cat([made["photo"], made["photo"].flip(-1)])
         common.save_weights(path, made | dict(latent=latent, photo=photos), what)
-    if folder and folder.broken:
+    if cfg.folder and folder.broken:
         print(f"left out {len(folder.broken)} broken clips: " + "; ".join(folder.broken))
     if dist.is_initialized():
         dist.barrier()
-    parts = [common.read_weights(path) for path, _ in shards]
-    for (path, what), (_, made) in zip(shards, parts):
-        if made != what:
-            different = next(k for k in what if made.get(k) != what[k])
-            raise common.InputError(f"{path} was made with another {different}; delete {cfg.pool} or choose another "
-                                    "--pool")
-    widest = max(p["course"].shape[1] for p, _ in parts)                            # scenarios differ in bodies
-    for p, _ in parts:
+    parts = [common.read_weights(path)[0] for path, _ in shards if os.path.exists(path)]
+    if not parts:
+        raise common.InputError(f"{cfg.folder}: none of its {len(folder)} clips can be read: {folder.broken[-1]}")
+    widest = max(p["course"].shape[1] for p in parts)                               # scenarios differ in bodies
+    for p in parts:
         p["course"] = F.pad(p["course"], (0, 0, 0, 0, 0, widest - p["course"].shape[1]))
-    return {k: torch.cat([p[k] for p, _ in parts]) for k in ("latent", "photo", "text", "owner", "course")}
+    return {k: torch.cat([p[k] for p in parts]) for k in ("latent", "photo", "text", "owner", "course")}
 
 
 def get_batch(cfg, pool, step, device):
@@ -261,15 +266,9 @@ def main():
                                 "--init_from=FILE, and no --fsdp")
     if M.CONFIGS.get(cfg.model, {}).get("text") != "bytes" and not cfg.init_from:
         raise common.InputError(f"--model={cfg.model}: expected nano, small or tiny; other ones come with --init_from")
-    if cfg.phys and cfg.foretell and cfg.fps != 16:
-        raise common.InputError(f"--fps={cfg.fps}: what is foretold is at 16 fps; expected --fps=16 or "
-                                "--foretell=False")
-    if cfg.phys and cfg.foretell and cfg.height != cfg.width:
-        raise common.InputError(f"--height={cfg.height} --width={cfg.width}: what is foretold is of square pictures; "
-                                "expected both alike, or --foretell=False")
     if cfg.head_from and not cfg.phys:
         raise common.InputError("--head_from starts the physical head, and --phys=False has none; expected one of them")
-    most = 1 if max(cfg.height, cfg.width) > sample.SMALL else 8 if cfg.fsdp else 32             # val clips at a time
+    most = 1 if not sample.small(cfg) else 8 if cfg.fsdp else 32                     # val clips at a time
     if cfg.fsdp and (world == 1 or cfg.eval_clips % (most * world)):
         raise common.InputError(f"--fsdp=True shards over the ranks of torchrun, here {world}; expected 2 or more, and "
                                 f"--eval_clips a multiple of {most * world}, so that all sample alike")
@@ -280,15 +279,15 @@ def main():
                                 f"= {world * cfg.accumulate}")
     vae = load_vae(f"{cfg.data}/vae.safetensors", device=device)
     common.check_frames(cfg), common.check_sides(cfg, ("height", "width"), 2 * vae.stride)
-    folder = common.start_run(cfg, rank, f"out/{cfg.name}")
-    log, state = f"{folder}/metrics.jsonl", f"{folder}/state.safetensors"
-
     # the networks
-    config, pixels = M.CONFIGS.get(cfg.model, {}) | {"phys": cfg.phys}, simdata.PHOTO
+    config = M.CONFIGS.get(cfg.model, {}) | {"phys": cfg.phys}
     if cfg.init_from:
         config = common.read_config(cfg.init_from)
         if "num_layers" not in config:
             raise common.InputError(f"--init_from={cfg.init_from} is not a DiT of ours; expected a dit.safetensors")
+        if config["phys"] and not cfg.phys:
+            raise common.InputError(f"--phys=False: {cfg.init_from} was trained with physical tokens; expected one "
+                                    "without, or --phys=True")
     common.seed_everything(cfg.seed)
     # Wan's size, which is loaded below: without random weights first, they take a minute
     with torch.device("meta" if cfg.init_from and config["text"] == "features" else "cpu"):
@@ -296,6 +295,7 @@ def main():
     if cfg.phys:                                   # the head starts fresh, as in the paper; the backbone stays as is
         encoder = load_phys_encoder(f"{cfg.data}/backbone.safetensors", config={
             "out_dim": config["dim"], "foretell": cfg.foretell})
+        sample.check_foretelling(encoder, cfg)
         if cfg.head_from:
             encoder.start_head(cfg.head_from)
     if cfg.init_from:
@@ -312,10 +312,8 @@ def main():
         if cfg.phys:
             dit.phys_type = nn.Parameter(dit.phys_type.float())
 
-    if encoder is not None:
-        pixels = encoder.config["input_size"]
     size = common.clip_size(cfg)
-    form = dict(frames=cfg.frames, size=size, fps=cfg.fps, photo=simdata.scaled(size, pixels))
+    form = dict(size=size, frames=cfg.frames, fps=cfg.fps, photo=judge.photo_size(encoder, size))
     held_out = common.meanwhile(common.remembered, cfg.scenes, judge.val_scenes, names, cfg.eval_clips, most, rank,
                                 world, form) if cfg.steps else None
     pool = make_pool(cfg, vae, form["photo"], device, rank, world)
@@ -323,6 +321,8 @@ def main():
         if dist.is_initialized():
             dist.destroy_process_group()
         return
+    folder = common.start_run(cfg, rank, f"out/{cfg.name}")                          # all it reads is there
+    log, state = f"{folder}/metrics.jsonl", f"{folder}/state.safetensors"
     text = None                                    # bytes, or what an outside text encoder says, computed once
     if config["text"] == "features":
         said = M.tokens_to_strings(pool["text"]) + judge.val_captions(names, cfg.eval_clips)
@@ -427,7 +427,7 @@ def main():
         if ending:
             break
 
-    if done == cfg.steps:
+    if done >= cfg.steps:
         ema.copy_to(raw)
         M.merge_lora(dit)
         if rank == 0:                              # the DiT last: with it the folder is whole

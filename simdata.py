@@ -27,6 +27,7 @@ import math
 import os
 import sys
 import zipfile
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -1296,7 +1297,7 @@ def make_batch(scenario, batch_size, seed, split="train", frames=25, size=64, fp
         draw.key = _mix(draw.key + 1 + jitter_seed)
         scene = jitter(scene, scene["camera"], draw)
     path = simulate(scene, frames, fps, scene["gravity"]) if physics else wander(scene, frames, fps, draw)
-    chunk = chunk if torch.device(device).type == "cpu" else 4 * chunk
+    chunk = max(1, chunk * (1 if torch.device(device).type == "cpu" else 4) * 64**2 // math.prod(sides(size)))
     reel, still = ({k: v[:, :n] for k, v in path.items()} for n in (filmed, 1))
     (H, W), (finer_h, finer_w) = sides(size), sides(photo)
     scale = torch.tensor([finer_w / W, finer_h / H, 1.0], device=device)[:, None]    # the same camera with finer pixels
@@ -1347,7 +1348,7 @@ def export(folder, scenario, n, seed, split="train", unseen=False, size=64, fram
     bar = tqdm(total=n, initial=n - len(missing), desc=f"export {scenario}", unit="clip")
     for start in sorted({i // 32 * 32 for i in missing}):
         batch = make_batch(scenario, min(32, n - start), seed, split, frames, size, fps, start=start, unseen=unseen,
-                           photo=2 * PHOTO)
+                           photo=scaled(size, 2 * PHOTO))
         flat = {k: v for k, v in batch.items() if torch.is_tensor(v) and k not in ("video", "photo", "photo_mask")}
         flat |= {f"{k}.{j}": u for k, v in batch.items() if isinstance(v, dict) for j, u in v.items()}
         for i in (i for i in missing if i // 32 * 32 == start):
@@ -1384,7 +1385,9 @@ class Clips:
                                     "python simdata.py --export=FOLDER writes it")
         names = [self._try(self._names, line) for line in self.lines]
         self.lines = [line for line, found in zip(self.lines, names) if found is not None]
-        self.truth = sorted(set.intersection(*(found for found in names if found is not None)) if self.lines else [])
+        if not self.lines:
+            raise common.InputError(f"{folder}: none of its {len(names)} clips can be read: {self.broken[-1]}")
+        self.truth = sorted(set.intersection(*(found for found in names if found is not None)))
 
     def __len__(self):
         return len(self.lines)
@@ -1394,7 +1397,8 @@ class Clips:
         from common import InputError
         try:
             return read(line)
-        except (InputError, OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except (InputError, OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, zipfile.BadZipFile,
+                zlib.error) as error:
             reason = (str(error) or repr(error)).splitlines()[0]
             self.broken.append(f"{self.folder}, clip {line.get('clip', '?')}: {reason}")
         if not self.skip:

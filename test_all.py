@@ -2332,13 +2332,20 @@ def test_sft_resumes_to_the_bit_and_two_ranks_equal_one(tmp_path):
     # no steps: the pool alone, also where there is no backbone yet, and the same as with one
     run("sft.py", *TINY_SFT, "--steps=0", "--phys=False", "--name=none", "--pool=out/alone", cwd=tmp_path)
     shards = sorted(os.listdir(tmp_path / "out/alone"))
-    assert shards == sorted(os.listdir(tmp_path / "out/pool")) and os.listdir(tmp_path / "out/none") == ["config.json"]
+    assert shards == sorted(os.listdir(tmp_path / "out/pool")) and not (tmp_path / "out/none").exists()
     for k, v in read_all(tmp_path / "out/alone" / shards[0]).items():
         assert torch.equal(v, read_all(tmp_path / "out/pool" / shards[0])[k]), k
     run("sft.py", *TINY_SFT, "--name=base", "--phys=False", "--physics=False", "--pool=out/base_pool", "--steps=1",
         "--model=tiny", cwd=tmp_path)
     run("sft.py", *TINY_SFT, "--name=tuned", "--init_from=out/base/dit.safetensors", "--steps=1", cwd=tmp_path)
     assert (tmp_path / "out/tuned/head1.safetensors").exists()
+    # what is refused, or makes a pool alone, leaves an earlier run of that name as it was; what has all its steps ends
+    whole[0], plain = "--steps=11", [*TINY_SFT, "--name=whole", "--phys=False"]
+    refused("sft.py", *plain, "--init_from=out/whole/dit.safetensors", cwd=tmp_path, says="expected one without")
+    refused("sft.py", *TINY_SFT, "--name=whole", "--init_from=typo.safetensors", cwd=tmp_path, says="does not exist")
+    run("sft.py", *plain, "--steps=0", cwd=tmp_path)
+    os.remove(tmp_path / "out/whole/dit.safetensors")
+    assert "wrote" in run("sft.py", *TINY_SFT, *whole, "--name=whole", "--resume=True", cwd=tmp_path).stdout
     # with a LoRA the DiT is what it was, but for steps of that rank, and what marks physical tokens
     lora = [*TINY_SFT, "--init_from=out/ranks/dit.safetensors", "--rank=2", "--adam_lr=1e-2", "--steps=4"]
     run("sft.py", *lora, "--name=lora", cwd=tmp_path)
@@ -2494,6 +2501,14 @@ def test_all_stages_of_a_dit_with_a_text_encoder(tmp_path, monkeypatch):
                  and not torch.equal(state[k], state["model" + k.removeprefix("reference")])]
         assert moved and all((".lora_" if stage == "2" else "/head.") in k for k in moved), stage
     assert json.loads((tmp_path / "scores.json").read_text())["Stage III"]["seen"]["traj_l2"]["n"] == 1
+    refused(*commands[1], "--stages=3", "--data=out/one", cwd=tmp_path, says="out/one has no lora2")
+    # clips on disk are judged with a picture for the encoder that is as fine as it can be, and as wide as they are
+    run("simdata.py", "--export=film", "--n=1", "--split=val", *form[:-1], cwd=tmp_path)
+    seen, features = [], E.PhysEncoder.features
+    monkeypatch.setattr(E.PhysEncoder, "features", lambda self, image, *x: seen.append(image.shape) or features(
+        self, image, *x))
+    run("eval.py", "--data=out/two", "--clips=film", "--n=1", "--steps=1", "--references=False", *form, cwd=tmp_path)
+    assert seen == [(1, 3, 112, 224)]
     # what the file lacks takes the encoder; so does a prompt
     for command in ([*commands[2], "--n=3"],
                     ["sample.py", f"{HERE}/data/drop.png", "--data=out/one", "--prompt=a ball", "--device=cpu"]):
@@ -2508,6 +2523,11 @@ def test_all_stages_of_a_dit_with_a_text_encoder(tmp_path, monkeypatch):
     assert len(parts["cpu"]) == 10 and parts["cuda"] == [("drop", 0, 20), ("roll", 20, 20)]
     for name, start, n in parts["cpu"] + parts["cuda"]:
         assert said >= {*simdata.captions(simdata.make_scene(name, n, sft.SEED, "train", start=start)[0])}
+    # a link to where a text encoder was is no reason to stop
+    os.symlink(tmp_path / "nowhere", tmp_path / "out/one" / sample.UMT5)
+    (tmp_path / "own" / sample.UMT5).touch()
+    sample.carry_over(str(tmp_path / "own"), str(tmp_path / "out/one"))
+    assert os.path.samefile(tmp_path / "out/one" / sample.UMT5, tmp_path / "own" / sample.UMT5)
 
 
 def test_pairs_are_all_that_are_a_margin_apart():
@@ -2637,7 +2657,7 @@ def test_dpo_runs_and_resumes(tmp_path, monkeypatch):
     assert sorted((tmp_path / "out/scenes").glob("judged_*.pt")) == kept and len(kept) >= 2
     one, other = ((tmp_path / f"out/{pool}/0000.safetensors").read_bytes() for pool in ("kept", "pairs"))
     assert one == other
-    assert not [f for f in os.listdir(tmp_path / "out/pool") if f.endswith((".safetensors", ".jsonl"))]
+    assert not (tmp_path / "out/pool").exists()
     two_ranks(f"{HERE}/dpo.py", *tiny, "--name=ranks", "--steps=1", cwd=tmp_path)
     ranks = [json.loads(line) for line in open(tmp_path / "out/ranks/metrics2.jsonl")]
     assert next(e for e in ranks if "loss" in e)["loss"] == pytest.approx(math.log(2), abs=1e-4)
@@ -2648,7 +2668,12 @@ def test_dpo_runs_and_resumes(tmp_path, monkeypatch):
         assert torch.equal(shard["winner"], shard["loser"]) == same
     refused("dpo.py", *tiny, "--name=c", "--heat=0.5", cwd=tmp_path, says="another heat")
     refused("dpo.py", *tiny, "--name=c", "--pool=out/c", cwd=tmp_path, says="expected another folder than the run's")
-    refused("dpo.py", *tiny, "--name=c", "--margin=9", cwd=tmp_path, says="another margin")
+    # what does not belong together is said before more of it is made; what was cut off by a power cut is nobody's
+    there = sorted(os.listdir(tmp_path / "out/pairs"))
+    refused("dpo.py", *tiny, "--name=c", "--margin=9", "--pairs=9", cwd=tmp_path, says="another margin")
+    refused("dpo.py", *tiny, "--name=c", "--pairs=2", cwd=tmp_path, says="another count")
+    assert sorted(os.listdir(tmp_path / "out/pairs")) == there
+    (tmp_path / "out/pairs/.tmp7.0000.safetensors").write_bytes(b"cut off")
     os.truncate(tmp_path / "out/pairs/0000.jsonl", 0)
     refused("dpo.py", *tiny, "--name=c", cwd=tmp_path, says="0 lines")
 
@@ -2753,6 +2778,17 @@ def test_clips_on_disk(tmp_path, monkeypatch):
         simdata.Clips(str(own), skip=True).read(0, 2)
         np.savez(own / f"{name}.npz", mask=true["mask"][int(name)].numpy())
     run("eval.py", f"--data={HERE}/data", f"--clips={own}", "--n=2", "--steps=2", "--device=cpu", cwd=tmp_path)
+    for i in range(2):
+        (own / f"{i}.npz").write_bytes(b"PK damaged")
+    with pytest.raises(InputError, match="none of its 2 clips can be read"):
+        simdata.Clips(str(own), skip=True)
+    # not square: the picture for the encoder has the same aspect ratio
+    simdata.export(str(tmp_path / "wide"), "drop", 1, 5, "val", size=[32, 48], frames=5)
+    back = simdata.Clips(str(tmp_path / "wide"), [32, 48], 5, photo=[112, 168]).read(0, 1)
+    true = simdata.make_batch("drop", 1, 5, "val", 5, [32, 48], photo=[112, 168])
+    assert back["video"].shape == (1, 3, 5, 32, 48) and (back["photo"] - true["photo"]).abs().mean() < 0.02
+    refused("eval.py", f"--data={HERE}/data", f"--clips={tmp_path}/wide", "--height=32", "--width=48", "--frames=5",
+            "--device=cpu", cwd=tmp_path, says="square clips at 16 fps")
     for place, says in ((film, "mask"), ("none", "no folder of clips")):
         monkeypatch.setattr(sys, "argv", ["eval.py", f"--data={HERE}/data", f"--clips={place}", "--skip_broken=True"])
         with pytest.raises(InputError, match=says):
