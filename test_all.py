@@ -2523,6 +2523,17 @@ def test_all_stages_of_a_dit_with_a_text_encoder(tmp_path, monkeypatch):
     assert len(parts["cpu"]) == 10 and parts["cuda"] == [("drop", 0, 20), ("roll", 20, 20)]
     for name, start, n in parts["cpu"] + parts["cuda"]:
         assert said >= {*simdata.captions(simdata.make_scene(name, n, sft.SEED, "train", start=start)[0])}
+    # large clips take gigabytes each: one by one, also where there is a GPU; and read as many as on a CPU
+    cfg = common.parse_config(dpo.Config, ["--preset=wan5b", "--pairs=3", "--scenarios=drop,roll"], dpo.PRESETS)
+    assert [*dpo.planned(cfg, 5, torch.device("cuda")).values()] == [
+        dict(scenario=name, count=1, start=5 + i) for i, name in enumerate(("drop", "roll", "drop"))]
+    cfg = common.parse_config(sft.Config, ["--preset=wan5b", "--folder=clips"], sft.PRESETS)
+    assert sft.shards_of(cfg, 9, torch.device("cuda")) == sft.shards_of(cfg, 9, torch.device("cpu")) and all(
+        n <= 4 for _, _, n in sft.shards_of(cfg, 9, torch.device("cuda")))
+    filmed, render = [], simdata.render
+    monkeypatch.setattr(simdata, "render", lambda scene, *x: filmed.append(len(scene["eye"])) or render(scene, *x))
+    simdata.make_batch("drop", 5, 0, frames=1, size=[192, 320], truth=False)
+    assert filmed == [2, 2, 1]
     # a link to where a text encoder was is no reason to stop
     os.symlink(tmp_path / "nowhere", tmp_path / "out/one" / sample.UMT5)
     (tmp_path / "own" / sample.UMT5).touch()
