@@ -1734,7 +1734,7 @@ def test_bytes():
     assert t[1, :4].tolist() == [98, 0xC3 + 1, 0xA9 + 1, 0] and (t[2] > 0).all()
 
 
-def test_lora(tmp_path):
+def test_lora(monkeypatch):
     dit, i = M.add_phys(tiny_dit()), tiny_inputs()
     base = {k: v.clone() for k, v in dit.state_dict().items()}
     with torch.no_grad():
@@ -1755,6 +1755,14 @@ def test_lora(tmp_path):
         assert torch.equal(other(**i), after)
         M.merge_lora(other)
         assert set(other.state_dict()) == set(base) and (other(**i) - after).abs().max() < 1e-5
+    slopes = []                                    # added to the weight or a path beside it: the same
+    for narrow in (M.NARROW, 0):
+        monkeypatch.setattr(M, "NARROW", narrow)
+        out = dit(**i)
+        assert torch.allclose(out, after, atol=1e-5)
+        slopes.append(torch.autograd.grad(out.square().sum(), [p for p in dit.parameters() if p.requires_grad]))
+    for one, other in zip(*slopes):
+        assert torch.allclose(one, other, rtol=1e-3, atol=1e-4 * one.abs().max().item())
     with pytest.raises(InputError):
         M.load_lora(M.add_lora(M.add_phys(tiny_dit()), 2, 8), M.lora_state(dit))
 
