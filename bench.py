@@ -46,7 +46,7 @@ import vae as V
 
 @dataclass
 class Config:
-    only: str = "all"               # all, or a part: world, peers, pybullet, compiled, profile, solvers, vae, dit, ...
+    only: str = "all"               # a part; all: those that need neither a compiler, PyBullet nor many minutes
     repeat: int = 5                 # timed repetitions, after one warm-up
     batch: int = 32                 # clips
     data: str = "data"              # folder with the shipped weights
@@ -58,7 +58,8 @@ def once(f, device):
     """-> wall time of f() in seconds, and what it returns."""
     begin = time.perf_counter()
     value = f()
-    torch.cuda.synchronize() if device.type == "cuda" else None
+    if device.type != "cpu":
+        (torch.cuda if device.type == "cuda" else torch.mps).synchronize()
     return time.perf_counter() - begin, value
 
 
@@ -569,7 +570,8 @@ def beside_diffusers(cfg, device, compiled=False):
 
 
 def compiled_dit(cfg, device):
-    beside_diffusers(cfg, device, compiled=True)
+    with contextlib.suppress(ImportError):
+        beside_diffusers(cfg, device, compiled=True)
 
 
 def dit(cfg, device):
@@ -791,8 +793,9 @@ def main():
     common.make_dir("out")
     torch.backends.cudnn.allow_tf32 = False        # fp32 means fp32 where results are compared
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads")
+    aside = {"pybullet", "compiled", "solvers", "dit_compiled"}                      # other packages, or many minutes
     for name, part in parts.items():
-        if cfg.only in ("all", name):
+        if cfg.only == name or cfg.only == "all" and name not in aside:
             part(cfg, device)
 
 

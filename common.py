@@ -9,6 +9,7 @@ import datetime
 import functools
 import hashlib
 import inspect
+import itertools
 import json
 import math
 import multiprocessing
@@ -302,8 +303,7 @@ def remembered(folder, function, *args):
 
 
 def meanwhile(function, *args):
-    """function(*args) in a thread of its own -> a Future: for what is needed later and made by other processes. Nobody
-    waits for it who ends with an error."""
+    """function(*args) in a thread of its own -> a Future: for what is needed later and made by other processes."""
     future = Future()
 
     def work():
@@ -479,8 +479,11 @@ def read_lines(path, mend=False):
     """A .jsonl file -> its list of dicts. mend: drop a last line that was cut off, from the file as well.
 
     Raises InputError, with the line's number, for what is no JSON object."""
-    with open(path) as f:
-        lines = f.readlines()
+    with open(path, encoding="utf-8") as f:
+        try:
+            lines = f.readlines()
+        except UnicodeDecodeError:
+            raise InputError(f"{path} is no text in UTF-8") from None
     if mend and lines and not lines[-1].endswith("\n"):
         with atomic(path) as tmp, open(tmp, "w") as f:
             f.writelines(lines := lines[:-1])
@@ -922,7 +925,8 @@ def write_video(path, frames, fps, scale=1, lossless=False):
         raise InputError(f"cannot write {path}: expected a name that ends in {', '.join(VIDEO_EXTENSIONS)}")
     with atomic(path) as tmp:
         if extension == ".mp4":
-            frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
+            if not lossless:                       # yuv420p has a colour for every 2 x 2 pixels
+                frames = np.pad(frames, ((0, 0), *((0, n % 2) for n in frames.shape[1:3]), (0, 0)), mode="edge")
             # x264 with one thread: the same frames give the same bytes; macro_block_size=1: no silent resize
             with open(tmp, "wb"):
                 pass                                                                   # a missing folder fails here
@@ -935,15 +939,18 @@ def write_video(path, frames, fps, scale=1, lossless=False):
                            **({"lossless": True} if extension == ".webp" else {}))
 
 
-def read_video(path):
-    """Any file imageio reads -> uint8 (T, H, W, 3)."""
-    return np.stack(imageio.mimread(path, memtest=False))[..., :3]
+def read_video(path, most=None):
+    """Any file imageio reads -> uint8 (T, H, W, 3); of a long one the first `most` frames."""
+    with imageio.get_reader(path) as reader:
+        return np.stack([frame[..., :3] for frame in itertools.islice(reader, most)])
 
 
 def frame_rate(path):
-    """Frames a second of a video file, as it says itself."""
+    """Frames a second of a video file, as it says itself. Raises InputError if it does not."""
     with imageio.get_reader(path) as reader:
         meta = reader.get_meta_data()
+    if not meta.get("fps") and not meta.get("duration"):
+        raise InputError(f"{path} does not say its frame rate; expected \"fps\" in its line of clips.jsonl")
     return meta.get("fps") or 1000 / meta["duration"]
 
 

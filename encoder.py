@@ -4,7 +4,7 @@ trainable "physical head" (the trunk of Depth Anything's DPT) turns its features
 
     python encoder.py                     # pretrain the nano backbone on the simulator's truth, two CPU cores
     python encoder.py --resume=True       # go on after a stop, bit-exactly
-    python encoder.py --backbone=FILE --scenes=6000 --size=74        # only fit a readout to another one (of 518 px)
+    python encoder.py --backbone=out/dino/backbone.safetensors --scenes=6400    # only fit a readout to data/fetch.py's
     torchrun --nproc_per_node=8 encoder.py --batch=256 --steps=20000 --scenes=100000
 
 writes out/encoder/backbone.safetensors (config inside), readout.safetensors, depth_head.safetensors, metrics.jsonl and
@@ -647,7 +647,8 @@ def fit_readout(backbone, scenes, device, most=6000):
 
     Least squares for where bodies are and go, reweighted by 1 / (the path's error + 0.02) so that a median is fitted,
     as the backbone was trained for; Newton's method for whether there is a body (logistic regression)."""
-    tokens, some = [], common.spread(len(scenes["image"]), most)
+    cells_a_scene = (scenes["image"].shape[-1] // backbone.patch) ** 2               # in float64 they take gigabytes
+    tokens, some = [], common.spread(len(scenes["image"]), min(most, 400_000 // cells_a_scene))
     exact = device if device.type == "cuda" else "cpu"                                 # where there is float64
     scenes = {k: scenes[k][some].to(exact) for k in ("image", "mask", "body")}
     for image in scenes["image"].split(64):
@@ -781,16 +782,22 @@ def main():
     device, rank, world = common.setup(cfg.device)
     if cfg.batch % world:
         raise InputError(f"--batch={cfg.batch} is no multiple of the {world} ranks")
-    folder = common.start_run(cfg, rank, f"out/{cfg.name}")
+    folder = f"out/{cfg.name}"
     out = cfg.backbone or cfg.out or f"{folder}/backbone.safetensors"
-    common.check_writable(out)
+    if cfg.backbone or cfg.out:
+        common.check_writable(out)
+    if cfg.backbone:                               # nothing is trained, so no run of that name begins
+        common.make_dir(folder)
+    else:
+        common.start_run(cfg, rank, folder)
+    clips = f"{folder}/readout_" if cfg.backbone else f"{folder}/"
     state, log = f"{folder}/state.safetensors", f"{folder}/metrics.jsonl"
     what = dict(rank=rank, resume=cfg.resume, device=device, scenarios=cfg.scenarios, seed=cfg.seed, size=cfg.size,
                 photo=photo)
     few = what | dict(device=torch.device("cpu"), scenes=cfg.val_scenes, split="val")
-    val = common.meanwhile(lambda: cached(f"{folder}/val.safetensors", **few)) if world == 1 else None
-    train = cached(f"{folder}/train.safetensors", scenes=cfg.scenes, split="train", **what)
-    val = val.result() if val else cached(f"{folder}/val.safetensors", **few)
+    val = common.meanwhile(lambda: cached(f"{clips}val.safetensors", **few)) if world == 1 else None
+    train = cached(f"{clips}train.safetensors", scenes=cfg.scenes, split="train", **what)
+    val = val.result() if val else cached(f"{clips}val.safetensors", **few)
 
     @torch.no_grad()
     def save_readout():

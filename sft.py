@@ -167,7 +167,7 @@ def make_pool(cfg, vae, photo, device, rank, world):
         source = dict(folder=os.path.abspath(cfg.folder)) if cfg.folder else dict(
             scenario=name, seed=SEED, physics=cfg.physics)
         shards.append((f"{cfg.pool}/{s:04d}.safetensors", dict(
-            vae=common.fingerprint(vae), paths=True, **source, start=start, count=count, **form)))
+            vae=common.fingerprint(vae.encoder, vae.conv1), paths=True, **source, start=start, count=count, **form)))
     for path, what in (shard for shard in shards if os.path.exists(shard[0])):       # before any is made
         made = common.read_config(path)
         if made != what:

@@ -1297,7 +1297,9 @@ def make_batch(scenario, batch_size, seed, split="train", frames=25, size=64, fp
         draw.key = _mix(draw.key + 1 + jitter_seed)
         scene = jitter(scene, scene["camera"], draw)
     path = simulate(scene, frames, fps, scene["gravity"]) if physics else wander(scene, frames, fps, draw)
-    chunk = max(1, chunk * (1 if torch.device(device).type == "cpu" else 4) * 64**2 // math.prod(sides(size)))
+    chunk = chunk if torch.device(device).type == "cpu" else 4 * chunk
+    pixels = max((filmed or frames) * math.prod(sides(size)), math.prod(sides(photo)))              # of a clip
+    chunk = max(1, min(chunk, chunk * 25 * 64**2 // pixels))
     reel, still = ({k: v[:, :n] for k, v in path.items()} for n in (filmed, 1))
     (H, W), (finer_h, finer_w) = sides(size), sides(photo)
     scale = torch.tensor([finer_w / W, finer_h / H, 1.0], device=device)[:, None]    # the same camera with finer pixels
@@ -1325,6 +1327,9 @@ def make_batch(scenario, batch_size, seed, split="train", frames=25, size=64, fp
 #   NAME.npz      the truth: arrays as make_batch has them but for the batch axis, camera.intrinsics and the like for
 #                 those in dicts. Any may be missing.
 
+TRUTH = {"mask", "depth", "normal", "flow", "visible", "position", "rotation", "velocity", "angular_velocity",
+         "impulse", "alive", "dynamic", "falls", "shape", "half_extents", "mass", "restitution", "friction", "material",
+         "color", "floor", "gravity", "camera", "light"}                             # other arrays are somebody's own
 BODY_AXIS = dict.fromkeys(("position", "rotation", "velocity", "angular_velocity", "impulse"), 1) | dict.fromkeys(
     ("alive", "dynamic", "falls", "shape", "half_extents", "mass", "restitution", "friction", "material", "color"), 0)
 
@@ -1346,12 +1351,13 @@ def export(folder, scenario, n, seed, split="train", unseen=False, size=64, fram
     name = lambda i: f"{scenario}-{split}{'-unseen' * unseen}-{seed}-{i:06d}"
     missing = [i for i in range(n) if name(i) not in have]
     bar = tqdm(total=n, initial=n - len(missing), desc=f"export {scenario}", unit="clip")
-    for start in sorted({i // 32 * 32 for i in missing}):
-        batch = make_batch(scenario, min(32, n - start), seed, split, frames, size, fps, start=start, unseen=unseen,
+    many = max(1, min(32, 32 * 25 * 64**2 // (frames * math.prod(sides(size)))))     # large films take gigabytes
+    for start in sorted({i // many * many for i in missing}):
+        batch = make_batch(scenario, min(many, n - start), seed, split, frames, size, fps, start=start, unseen=unseen,
                            photo=scaled(size, 2 * PHOTO))
         flat = {k: v for k, v in batch.items() if torch.is_tensor(v) and k not in ("video", "photo", "photo_mask")}
         flat |= {f"{k}.{j}": u for k, v in batch.items() if isinstance(v, dict) for j, u in v.items()}
-        for i in (i for i in missing if i // 32 * 32 == start):
+        for i in (i for i in missing if i // many * many == start):
             path, b = f"{folder}/{name(i)}", i - start
             with common.atomic(f"{path}.npz") as tmp:
                 np.savez_compressed(tmp, **{k: v[b].numpy() for k, v in flat.items()})
@@ -1381,8 +1387,9 @@ class Clips:
             names = [os.path.splitext(f) for f in sorted(os.listdir(folder)) if f[0] != "."]
             self.lines = [dict(clip=name) for name, extension in names if extension in common.VIDEO_EXTENSIONS]
         if not getattr(self, "lines", None):
-            raise common.InputError(f"{folder} is no folder of clips; expected videos in it, or a clips.jsonl as "
-                                    "python simdata.py --export=FOLDER writes it")
+            raise common.InputError(f"{folder} is no folder of clips; expected videos in it "
+                                    f"({', '.join(common.VIDEO_EXTENSIONS)}), or a clips.jsonl as python simdata.py "
+                                    "--export=FOLDER writes it")
         names = [self._try(self._names, line) for line in self.lines]
         self.lines = [line for line, found in zip(self.lines, names) if found is not None]
         if not self.lines:
@@ -1408,7 +1415,7 @@ class Clips:
         if not os.path.exists(path := f"{self.folder}/{line['clip']}.npz"):
             return set()
         with np.load(path, allow_pickle=False) as file:
-            return set(file.files)
+            return {k for k in file.files if k.split(".")[0] in TRUTH}
 
     def _clip(self, line):
         import common
@@ -1416,10 +1423,13 @@ class Clips:
         found = [path + e for e in common.VIDEO_EXTENSIONS if os.path.exists(path + e)]
         if not found:
             raise ValueError("its video is missing")
-        raw, fps, clip = common.read_video(found[0]), line.get("fps") or common.frame_rate(found[0]), {}
+        fps, clip = line.get("fps") or common.frame_rate(found[0]), {}
+        at = (np.arange(self.frames) * fps / self.fps).round().astype(int)
+        raw = common.read_video(found[0], self.frames + 1 if self.truth else int(at[-1]) + 1)
         if self.truth:
             with np.load(f"{path}.npz", allow_pickle=False) as file:
                 clip = {k: torch.from_numpy(file[k]) for k in self.truth}
+            clip = {k: v.float() if v.is_floating_point() else v for k, v in clip.items()}
             form = (self.frames, *sides(self.size))
             if raw.shape[:3] != form or fps != self.fps or tuple(clip.get("mask", raw[..., 0]).shape) != form:
                 raise ValueError(f"{raw.shape[0]} frames of {raw.shape[2]}x{raw.shape[1]} at {fps} fps with truth; "
@@ -1427,7 +1437,8 @@ class Clips:
             for k in (k for k, v in clip.items() if v.is_floating_point() and v.isnan().any()):
                 raise ValueError(f"its {k} has NaN")
         else:
-            at = (np.arange(self.frames) * fps / self.fps).round().astype(int)
+            if at[-1] == len(raw):                 # a gif's rate is one of few, so the last frame may be one too late
+                at[-1] -= 1
             if at[-1] >= len(raw):
                 raise ValueError(f"{len(raw)} frames at {fps} fps; expected {self.frames} at {self.fps} or longer")
             raw = raw[at]
@@ -1454,6 +1465,10 @@ class Clips:
                 if k == "impulse":                 # (T, N, N + 1), the floor comes last
                     values = [torch.cat([F.pad(v[..., :-1], (0, N + 1 - v.shape[2])), v[..., -1:]], 2) for v in values]
                 values = [F.pad(v, (0, 0) * (v.dim() - 1 - axis) + (0, N - v.shape[axis])) for v in values]
+            if k != "caption" and len({v.shape for v in values}) > 1:
+                from common import InputError
+                raise InputError(f"{self.folder}: {k} has another shape in some clips than in others; expected those "
+                                 "of simdata.make_batch")
             batch[k] = values if k == "caption" else torch.stack(values)
         for k in [k for k in batch if "." in k]:
             batch.setdefault(k.split(".")[0], {})[k.split(".")[1]] = batch.pop(k)
@@ -1473,34 +1488,35 @@ class Config:
     unseen: bool = False           # sizes and heights outside the training range
     height: int = 64               # pixels
     width: int = 64                # likewise
-    frames: int = 25               # at 16 fps
+    frames: int = 25               # of a clip
+    fps: int = 16                  # of the clips
 
 
 def main():
     import common                                  # only to look at clips; the world itself needs nothing of ours
     cfg = common.parse_config(Config, sys.argv[1:])
     common.check_range(cfg, n=(1, 10**8 if cfg.export else 256), height=(16, 2048), width=(16, 2048),
-                       frames=(1, 1000))
+                       frames=(1, 1000), fps=(1, 240))
     if cfg.split not in SPLITS:
         raise common.InputError(f"--split={cfg.split}: expected one of {', '.join(SPLITS)}")
     names = common.check_names("scenarios", cfg.scenarios, SCENARIOS)
     size = common.clip_size(cfg)
     if cfg.export:
         for name in names:
-            export(cfg.export, name, cfg.n, cfg.seed, cfg.split, cfg.unseen, size, cfg.frames)
-        print(f"{cfg.export} holds {len(Clips(cfg.export, size, cfg.frames))} clips")
+            export(cfg.export, name, cfg.n, cfg.seed, cfg.split, cfg.unseen, size, cfg.frames, cfg.fps)
+        print(f"{cfg.export} holds {len(Clips(cfg.export, size, cfg.frames, cfg.fps))} clips")
         return
     common.make_dir(cfg.out)
     rows = []
     for name in names:
-        batch = make_batch(name, cfg.n, cfg.seed, cfg.split, cfg.frames, size, unseen=cfg.unseen)
+        batch = make_batch(name, cfg.n, cfg.seed, cfg.split, cfg.frames, size, cfg.fps, unseen=cfg.unseen)
         clips = [common.to_uint8(v) for v in batch["video"]]
         rows += clips
         common.write_image(f"{cfg.out}/{name}.png", common.sheet(clips, every=2))
-        common.write_video(f"{cfg.out}/{name}.mp4", common.grid(clips, 4), 16, scale=max(1, 256 // cfg.height))
+        common.write_video(f"{cfg.out}/{name}.mp4", common.grid(clips, 4), cfg.fps, scale=max(1, 256 // cfg.height))
         for i, caption in enumerate(batch["caption"]):
             print(f"{name} {i}: {caption}")
-    common.write_video(f"{cfg.out}/world.gif", common.grid(rows, cfg.n), 16, scale=max(1, 128 // cfg.height))
+    common.write_video(f"{cfg.out}/world.gif", common.grid(rows, cfg.n), cfg.fps, scale=max(1, 128 // cfg.height))
     print(f"wrote contact sheets and clips to {cfg.out}/; world.gif has a row for each scenario")
 
 

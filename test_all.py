@@ -2540,8 +2540,8 @@ def test_all_stages_of_a_dit_with_a_text_encoder(tmp_path, monkeypatch):
         n <= 4 for _, _, n in sft.shards_of(cfg, 9, torch.device("cuda")))
     filmed, render = [], simdata.render
     monkeypatch.setattr(simdata, "render", lambda scene, *x: filmed.append(len(scene["eye"])) or render(scene, *x))
-    simdata.make_batch("drop", 5, 0, frames=1, size=[192, 320], truth=False)
-    assert filmed == [2, 2, 1]
+    simdata.make_batch("drop", 3, 0, frames=2, size=[640, 1024], truth=False)
+    assert filmed == [2, 1]
     # a link to where a text encoder was is no reason to stop
     os.symlink(tmp_path / "nowhere", tmp_path / "out/one" / sample.UMT5)
     (tmp_path / "own" / sample.UMT5).touch()
@@ -2797,6 +2797,24 @@ def test_clips_on_disk(tmp_path, monkeypatch):
         simdata.Clips(str(own), skip=True).read(0, 2)
         np.savez(own / f"{name}.npz", mask=true["mask"][int(name)].numpy())
     run("eval.py", f"--data={HERE}/data", f"--clips={own}", "--n=2", "--steps=2", "--device=cpu", cwd=tmp_path)
+    # what NumPy makes of numbers, and arrays of somebody's own; a name in capitals, an odd size, a rate that a gif has
+    more = dict(position=np.zeros((25, 2, 3)), **{"camera.intrinsics": np.eye(3)})
+    for i in range(2):
+        np.savez(own / f"{i}.npz", mask=true["mask"][i].numpy(), contacts=np.zeros((3 + i, 2)), **more)
+    batch = simdata.Clips(str(own)).read(0, 2)
+    assert batch["position"].dtype == batch["camera"]["intrinsics"].dtype == torch.float32 and "contacts" not in batch
+    np.savez(own / "1.npz", mask=true["mask"][1].numpy(), **more | dict(position=np.zeros((24, 2, 3))))
+    with pytest.raises(InputError, match="position has another shape"):
+        simdata.Clips(str(own)).read(0, 2)
+    other = tmp_path / "other"
+    other.mkdir()
+    common.write_video(str(other / "a.gif"), np.random.default_rng(0).integers(0, 255, (25, 64, 64, 3), np.uint8), 16)
+    assert simdata.Clips(str(other)).read(0, 1)["video"].shape == (1, 3, 25, 64, 64)
+    common.write_video(str(other / "b.mp4"), np.zeros((3, 33, 35, 3), np.uint8), 16, lossless=True)
+    assert common.read_video(str(other / "b.mp4"), 2).shape == (2, 33, 35, 3)
+    (other / "clips.jsonl").write_bytes('{"clip": "a", "caption": "é"}'.encode("latin-1"))
+    with pytest.raises(InputError, match="no text in UTF-8"):
+        simdata.Clips(str(other))
     for i in range(2):
         (own / f"{i}.npz").write_bytes(b"PK damaged")
     with pytest.raises(InputError, match="none of its 2 clips can be read"):

@@ -404,7 +404,9 @@ def visibility(vae, latent):
     latents without this weight works mostly for them. One random projection of the video gives all channels in one
     backward pass."""
     g, power = common.generator("visibility"), 0
-    for part in latent.float().split(max(1, 2048 // latent[0, 0, 0].numel())):       # large pictures one at a time
+    top, left = (max(0, (n - 16) // 2) for n in latent.shape[3:])                    # of large pictures the middle, two
+    latent = latent[..., top:top + 16, left:left + 16].float()                       # at a time: whole ones take 20 GB
+    for part in latent.split(max(1, 2**17 // latent[0, 0, 0].numel()**2)):
         video = vae.decode(part.requires_grad_())
         gradient, = torch.autograd.grad(video, part, torch.randn(video.shape, generator=g).to(video))
         power = power + gradient[:, :, 1:].square().sum((0, 2, 3, 4))
@@ -432,7 +434,6 @@ class Config:
     l1: float = 0.05                # weight of the absolute error beside the squared error
     body_weight: float = 6.0        # loss weight of pixels at or next to a body, against 1 for the background
     kl: float = 1e-5                # weight of the KL divergence per latent number
-    bf16: bool = True               # bfloat16: training steps 1.5x faster on CPUs with avx512_bf16, slow on older ones
     eval_every: int = 500           # steps between validations (and checkpoints)
     seed: int = 0                   # of everything
     init_from: str = ""             # start from this vae.safetensors
@@ -555,14 +556,14 @@ def main():
                                 f"--window={cfg.window} must be 1 + 4k, --crop={cfg.crop} a multiple of 8")
     if cfg.out:
         common.check_writable(cfg.out)
-    folder = common.start_run(cfg, rank, f"out/{cfg.name}")
-    out, log, state = cfg.out or f"{folder}/vae.safetensors", f"{folder}/metrics.jsonl", f"{folder}/state.safetensors"
-    data = common.at_hand(load_clips(cfg, rank, folder, device), device)
-
     common.seed_everything(cfg.seed)
     raw = VideoVAE(CONFIGS["nano"])
     if cfg.init_from:
         raw.config |= common.load_weights(raw, cfg.init_from)                          # its latent statistics, too
+    folder = common.start_run(cfg, rank, f"out/{cfg.name}")
+    out, log, state = cfg.out or f"{folder}/vae.safetensors", f"{folder}/metrics.jsonl", f"{folder}/state.safetensors"
+    data = common.at_hand(load_clips(cfg, rank, folder, device), device)
+
     if cfg.decoder_only:
         raw.encoder.requires_grad_(False), raw.conv1.requires_grad_(False)
     raw.to(device)

@@ -31,6 +31,7 @@ def main():
     rows = [row.rpartition(":")[::2] for row in cfg.rows.split(",")]                 # folders and stages
     if not all(folder and stage in ("1", "2", "3") for folder, stage in rows):
         raise common.InputError(f"--rows={cfg.rows}: expected FOLDER:STAGE,..., for example data:1,data:2")
+    common.check_writable(cfg.out)
     parts = [clip(*scene, photo=simdata.PHOTO) for scene in SCENES.values()]
     truth = torch.cat([p["video"] for p in parts])
     films, photo = [*truth], torch.cat([p["photo"] for p in parts])

@@ -74,13 +74,15 @@ def main():
     if name not in E.CONFIGS or cfg.backbone and name.startswith("nano"):
         raise InputError(f"--backbone={cfg.backbone}: which one is it? Say --encoder=NAME, one of "
                          + ", ".join(k for k in E.CONFIGS if not k.startswith("nano")))
+    if not cfg.backbone and (cfg.encoder or cfg.input_size):
+        raise InputError("--encoder and --input_size are about --backbone=NAME or FILE; expected it beside them")
     patch = E.CONFIGS[name]["patch_size"]
     if cfg.input_size % patch:
         raise InputError(f"--input_size={cfg.input_size}: expected a multiple of {patch}, the backbone's patch")
     out, weights = cfg.out or f"out/{cfg.model}_data", cfg.weights
     common.make_dir(out)
     if cfg.backbone:
-        here = os.path.exists(cfg.backbone) or not cfg.backbone.startswith(name)
+        here = os.path.exists(cfg.backbone) or cfg.backbone not in E.CONFIGS
         path = cfg.backbone if here else download_backbone(name)
         config = E.CONFIGS[name] | ({"input_size": cfg.input_size} if cfg.input_size else {})
         backbone = E.load_phys_encoder(path, config=config | {"out_dim": 8}).backbone

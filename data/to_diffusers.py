@@ -53,10 +53,16 @@ def save(theirs, ours, table, out):
     return sorted(ours.keys() - set(names.values()))
 
 
-def dit_to_diffusers(path, out):
-    """A DiT file -> a folder for WanTransformer3DModel.from_pretrained; -> names of what had to stay behind."""
+def dit_to_diffusers(path, out, lora=""):
+    """A DiT file, and a LoRA file that is added to it -> a folder for WanTransformer3DModel.from_pretrained; -> names
+    of what had to stay behind."""
     from diffusers import WanTransformer3DModel
     tensors, c = common.read_weights(path)
+    low, said = common.read_weights(lora) if lora else ({}, {})
+    for name in (k.removesuffix("lora_A") for k in low if k.endswith("lora_A")):
+        weight = tensors[f"{name}weight"]
+        step = said["alpha"] / said["rank"] * low[f"{name}lora_B"].float() @ low[f"{name}lora_A"].float()
+        tensors[f"{name}weight"] = (weight.float() + step).to(weight.dtype)
     if "num_layers" not in c or c["text"] != "features":
         raise InputError(f"{path}: expected a DiT of ours that reads text features; nano's byte encoder is not in Wan")
     with torch.device("meta"):
@@ -98,9 +104,11 @@ def lora_to_diffusers(path, out):
 
 
 def pipeline_to_diffusers(data, out):
-    """A folder of DiT and VAE -> one for WanImageToVideoPipeline.from_pretrained; -> what had to stay behind."""
+    """A folder of DiT, Stage II's LoRA if there is one, and VAE -> one for WanImageToVideoPipeline.from_pretrained; ->
+    what had to stay behind."""
     import diffusers
-    behind = dit_to_diffusers(f"{data}/dit.safetensors", f"{out}/transformer")
+    lora = f"{data}/lora2.safetensors"
+    behind = dit_to_diffusers(f"{data}/dit.safetensors", f"{out}/transformer", lora if os.path.exists(lora) else "")
     behind += vae_to_diffusers(f"{data}/vae.safetensors", f"{out}/vae")
     with common.open_weights(f"{data}/dit.safetensors") as (_, config):
         preset = next((k for k in sample.PUBLISHED if M.CONFIGS[k]["in_dim"] == config["in_dim"]), "wan5b")
