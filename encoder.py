@@ -503,12 +503,17 @@ def load_phys_encoder(backbone_path, head_path=None, config=None):
     merged = {k: v for part in (*files, config or {}) for k, v in part.items()}
     lacking = {*CONFIGS["nano"], "out_dim"} - merged.keys()
     if lacking:
-        raise InputError(f"{backbone_path} does not say its {', '.join(sorted(lacking))}; give config=CONFIGS[name] | "
+        raise InputError(f"{backbone_path} does not say its {', '.join(sorted(lacking))}; expected a backbone of ours, "
+                         "which data/fetch.py makes of published files, or config=CONFIGS[name] | "
                          '{"out_dim": width of the DiT}')
     encoder = PhysEncoder(merged)
     common.load_weights(encoder.backbone, backbone_path)
     if encoder.readout is not None:                # fitted to this backbone, so it lies beside it
-        common.load_weights(encoder.readout, os.path.join(os.path.dirname(backbone_path), "readout.safetensors"))
+        path = os.path.join(os.path.dirname(backbone_path), "readout.safetensors")
+        made, mine = common.load_weights(encoder.readout, path), common.fingerprint(encoder.backbone)
+        if made.get("backbone", mine) != mine:
+            raise InputError(f"{path} was fitted to another backbone than {backbone_path}; python encoder.py "
+                             f"--backbone={backbone_path} fits one to it")
     if head_path:
         common.load_weights(encoder.head, head_path)
     return encoder
@@ -804,7 +809,7 @@ def main():
         """Fit a Readout to the backbone as it is on disk; it goes beside it."""
         backbone = load_phys_encoder(out, config={"out_dim": 1}).backbone.to(device)
         readout, path = fit_readout(backbone, train, device), f"{os.path.dirname(out) or '.'}/readout.safetensors"
-        common.save_weights(path, readout, {"dim": config["dim"]})
+        common.save_weights(path, readout, {"dim": config["dim"], "backbone": common.fingerprint(backbone)})
         encoder, error = load_phys_encoder(out, config={"out_dim": 1, "foretell": True}).to(device), []
         for image, mask, body in zip(*(val[k].split(64) for k in ("image", "mask", "body"))):
             center = encoder.features(image.to(device).float() / 127.5 - 1)[2][2].cpu()  # (B, 4 L, FUTURE, 2)

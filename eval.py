@@ -145,12 +145,13 @@ def _motion(video):
     return torch.stack(masks, 1)
 
 
-def physics_iq(pred, true):
-    """Physics-IQ's four raw measures of videos (B, 3, T, H, W) in [-1, 1] -> dict of (B,).
+def physics_iq(pred, true, moved=None):
+    """Physics-IQ's four raw measures of videos (B, 3, T, H, W) in [-1, 1] -> dict of (B,). moved: _motion(true), if it
+    is known.
 
     mse on [0, 1] RGB; spatial_iou of "did it ever move here"; spatiotemporal_iou per frame, both empty = 1;
     weighted_spatial_iou by how often. At 64 px they are not comparable with its leaderboard."""
-    a, b = _motion(pred), _motion(true)
+    a, b = _motion(pred), _motion(true) if moved is None else moved
     iou = lambda x, y, dims: torch.where((x | y).sum(dims) > 0, (x & y).sum(dims) / (x | y).sum(dims).clamp_min(1), 1.0)
     wa, wb = a.float().mean(1), b.float().mean(1)
     total = torch.maximum(wa, wb).sum((1, 2))
@@ -311,7 +312,7 @@ def measure(video, batch, fps=16, detail=True):
     gradient = lambda v: ((v[..., 1:] - v[..., :-1]).abs().mean((1, 2, 3, 4))
                           + (v[..., 1:, :] - v[..., :-1, :]).abs().mean((1, 2, 3, 4)))
     out["sharpness"] = gradient(video) / gradient(batch["video"])
-    return out | {f"piq_{k}": v for k, v in physics_iq(video, batch["video"]).items()}
+    return out | {f"piq_{k}": v for k, v in physics_iq(video, batch["video"], batch.get("moved")).items()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -448,6 +449,7 @@ def evaluate(models, split, n, seed=0, unseen=False, scenario="drop", best_of=1,
         count = len(batch.get("caption", ()))      # broken clips may be left out
         if not count:
             continue
+        batch["moved"] = _motion(batch["video"])   # for all rows
         if references:
             videos = reference_rows(batch, again, vae, device)
         for name, m in models.items():

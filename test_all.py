@@ -1513,7 +1513,8 @@ def test_round_trip_parity(tmp_path, monkeypatch, capsys):
 
 
 def test_pipeline_round_trip_parity(tmp_path, monkeypatch):
-    """A folder of ours, as a WanImageToVideoPipeline by way of data/to_diffusers.py, makes the video we make."""
+    """A folder of ours, as a WanImageToVideoPipeline by way of data/to_diffusers.py, makes the video we make, with a
+    LoRA of Stage II as well."""
     diffusers, hub = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(common, "autocast", lambda device: contextlib.nullcontext())
@@ -1526,6 +1527,11 @@ def test_pipeline_round_trip_parity(tmp_path, monkeypatch):
     assert "text_encoder/ and tokenizer/ are not there" in run("data/to_diffusers.py", "--data=data", "--out=bare",
                                                                cwd=tmp_path).stdout
     tiny_umt5(hub, tmp_path / "data")
+    tuned = M.add_lora(copy.deepcopy(ours.dit), 2, 6)
+    with torch.no_grad():
+        for k, v in M.lora_state(tuned).items():
+            v.normal_(std=0.1) if k.endswith("B") else None
+    common.save_weights("data/lora2.safetensors", M.lora_state(tuned), dict(rank=2, alpha=6))
     done = run("data/to_diffusers.py", "--data=data", "--out=whole", cwd=tmp_path)
     assert "are not there" not in done.stdout
     from data.embed_text import embed
@@ -1536,15 +1542,15 @@ def test_pipeline_round_trip_parity(tmp_path, monkeypatch):
     how = dict(height=64, width=96, num_frames=5, num_inference_steps=2, guidance_scale=5.0, output_type="pt",
                latents=noise)
     pad = lambda x: F.pad(x, (0, 0, 0, ours.dit.config["text_len"] - x.shape[1]))
-    for folder, parts, said in (
-            ("whole", {}, dict(prompt="a ball falls", negative_prompt="a", max_sequence_length=24)),
-            ("bare", dict(text_encoder=None, tokenizer=None), dict(prompt_embeds=pad(text),
-                                                                   negative_prompt_embeds=pad(null)))):
+    for folder, dit, parts, said in (
+            ("whole", tuned, {}, dict(prompt="a ball falls", negative_prompt="a", max_sequence_length=24)),
+            ("bare", ours.dit, dict(text_encoder=None, tokenizer=None), dict(prompt_embeds=pad(text),
+                                                                             negative_prompt_embeds=pad(null)))):
         pipe = diffusers.WanImageToVideoPipeline.from_pretrained(folder, **parts)
         pipe.set_progress_bar_config(disable=True)
         video = pipe(image, **said, **how).frames.transpose(1, 2)
-        want = sample.generate(ours, image * 2 - 1, text, [7], frames=5, steps=2, shift=5.0, cfg=5.0, solver="unipc",
-                               null=null)
+        want = sample.generate(sample.Models(ours.vae, None, dit), image * 2 - 1, text, [7], frames=5, steps=2,
+                               shift=5.0, cfg=5.0, solver="unipc", null=null)
         assert (video - (want + 1) / 2)[:, :, 1:].abs().max() <= 1e-3, folder
 
 
@@ -2707,11 +2713,21 @@ def test_vae_and_encoder_train_and_resume(tmp_path):
         run(script, *flags, "--name=cut", "--resume=True", cwd=tmp_path)
         whole, cut = (read_all(tmp_path / f"out/{run_name}/state.safetensors") for run_name in ("whole", "cut"))
         assert whole.keys() == cut.keys() and all(torch.equal(v, cut[k]) for k, v in whole.items()), script
+        # what is refused leaves an earlier run as it was
+        typo = {"vae.py": "--init_from=typo.safetensors", "encoder.py": "--out=typo/backbone.safetensors"}[script]
+        refused(script, *flags, "--name=whole", typo, cwd=tmp_path, says="typo.* does not exist")
+        assert read_all(tmp_path / "out/whole/state.safetensors").keys() == whole.keys()
         os.rename(tmp_path / "out", tmp_path / f"out_{name}")
     vae = V.load_vae(str(tmp_path / "vae.safetensors"))
     assert vae.config["latent_std"] != [1.0] * vae.config["z_dim"]
     encoder = E.load_phys_encoder(str(tmp_path / "backbone.safetensors"), config={"out_dim": 8})
     assert encoder(torch.zeros(1, 3, 64, 64), (4, 4)).shape == (1, 16, 8)
+    E.load_phys_encoder(str(tmp_path / "backbone.safetensors"), config={"out_dim": 8, "foretell": True})
+    os.makedirs(tmp_path / "mixed")                # what it foretells is read out of the backbone it was fitted to
+    for name, place in (("readout", tmp_path), ("backbone", f"{HERE}/data")):
+        shutil.copy(f"{place}/{name}.safetensors", tmp_path / "mixed")
+    with pytest.raises(InputError, match="fitted to another backbone"):
+        E.load_phys_encoder(str(tmp_path / "mixed/backbone.safetensors"), config={"out_dim": 8, "foretell": True})
     # depth alone: it learns, and nobody has asked it about bodies
     run("encoder.py", *flags, "--name=depth", "--depth_only=True", "--out=depth.safetensors", cwd=tmp_path)
     depth = read_all(tmp_path / "out/depth/state.safetensors")
@@ -2931,6 +2947,9 @@ def test_a_published_backbone_joins_nano(tmp_path):
     refused("data/fetch.py", "--model=micro", cwd=tmp_path, says="expected one of nano")
     refused("data/fetch.py", "--model=nano", "--backbone=dino.pth", "--encoder=dinov2_vits14", cwd=tmp_path,
             says="dino.pth does not exist")
+    refused("data/fetch.py", "--model=nano", "--backbone=dinov2_vits14_pretrain.pth", cwd=tmp_path,
+            says="dinov2_vits14_pretrain.pth does not exist")
+    refused("data/fetch.py", "--model=nano", "--input_size=224", cwd=tmp_path, says="beside them")
 
 
 def test_published_files_are_downloaded(tmp_path, monkeypatch):
