@@ -528,7 +528,7 @@ def test_shadows_lie_where_a_body_hides_the_sun():
     hidden = (near & scene["alive"][:, None]).any(-1) & (d[..., 2] < 0)
     lit = torch.nn.functional.pad((~hidden).float().view(8, 1, 64, 64), (1, 1, 1, 1), mode="replicate")
     lit = torch.nn.functional.avg_pool2d(lit, 3, 1)[:, 0]                            # the penumbra
-    ours = simdata._sunlight(scene, path, 64).view(8, 64, 64)
+    ours = simdata._sunlight(scene, path, 64, 64).view(8, 64, 64)
     assert hidden.any(1).all() and ((ours - lit).abs() < 1e-5).float().mean() > 0.9999
     film = simdata.render(scene, path, 64)
     floor = (film["mask"][:, 0] == 0) & ((eye + film["depth"].view(8, -1, 1) * d)[..., 2].abs() < 1e-3).view(8, 64, 64)
@@ -564,7 +564,7 @@ def test_floors_and_walls_are_laid_in_metres():
     scene, _ = simdata.make_scene("roll", 64, 0)
     s = (torch.arange(128) + 0.5).expand(64, -1)
     scene["camera"]["intrinsics"][:, :2] *= 2                                        # 128 px
-    t, lit, _ = simdata._background(scene, 128, 1)
+    t, lit, _ = simdata._background(scene, 128, 128, 1)
     point = scene["eye"][:, None] + t[..., None] * simdata._rays(scene["camera"], s, s)
     yaw, ground = scene["floor"]["yaw"][:, None], point[..., 1] < scene["floor"]["wall_y"][:, None] - 1e-3
     u, v = (4 * (point[..., 0] * c + point[..., 1] * d) for c, d in ((yaw.cos(), -yaw.sin()), (yaw.sin(), yaw.cos())))
@@ -3236,7 +3236,6 @@ def test_every_command_in_the_readme_parses():
         assert os.path.exists(f"{HERE}/{name}"), name
 
 
-@slow
 def test_readme_trains_from_nothing(tmp_path):
     """The README's recipe, line by line in a folder that holds nothing but the code; only the sizes are shrunk."""
     small = {"vae.py": "--clips=4 --val_clips=2 --batch=2", "encoder.py": "--scenes=8 --val_scenes=4 --batch=4",
