@@ -126,7 +126,8 @@ def simulate(scenario, count, start, form, device):
 def at_once(cfg, count, device):
     """How many clips are made together where it would be `count` of nano's on a CPU."""
     larger = cfg.frames * cfg.height * cfg.width / (25 * 64**2)
-    return max(1, int(count * common.scenes_at_once(device) / larger))
+    more = common.scenes_at_once(device) if sample.small(cfg) else 1                 # large ones take gigabytes each
+    return max(1, int(count * more / larger))
 
 
 def shards_of(cfg, total, device):

@@ -2532,18 +2532,21 @@ def test_all_stages_of_a_dit_with_a_text_encoder(tmp_path, monkeypatch):
                         ("sft.py --scenarios=fly", "'fly' is unknown"), ("dpo.py --clips=2", "unknown argument")):
         refused("data/embed_text.py", f"--commands={wrong}", cwd=tmp_path, says=says)
     # a GPU makes more clips at once, and so others: they are among those said as well
-    cfg = common.parse_config(sft.Config, ["--preset=wan5b", "--clips=40", "--scenarios=drop,roll"], sft.PRESETS)
-    said, parts = set(sft.captions(cfg)), {kind: sft.shards_of(cfg, 40, torch.device(kind)) for kind in ("cpu", "cuda")}
-    assert len(parts["cpu"]) == 10 and parts["cuda"] == [("drop", 0, 20), ("roll", 20, 20)]
+    small = ["--height=64", "--width=64", "--frames=25", "--clips=1040", "--scenarios=drop,roll"]
+    cfg = common.parse_config(sft.Config, ["--preset=wan5b", *small], sft.PRESETS)
+    said = set(sft.captions(cfg))
+    parts = {kind: sft.shards_of(cfg, 1040, torch.device(kind)) for kind in ("cpu", "cuda")}
+    assert len(parts["cpu"]) == 3 and parts["cuda"] == [("drop", 0, 520), ("roll", 520, 520)]
     for name, start, n in parts["cpu"] + parts["cuda"]:
         assert said >= {*simdata.captions(simdata.make_scene(name, n, sft.SEED, "train", start=start)[0])}
     # large clips take gigabytes each: one by one, also where there is a GPU; and read as many as on a CPU
     cfg = common.parse_config(dpo.Config, ["--preset=wan5b", "--pairs=3", "--scenarios=drop,roll"], dpo.PRESETS)
     assert [*dpo.planned(cfg, 5, torch.device("cuda")).values()] == [
         dict(scenario=name, count=1, start=5 + i) for i, name in enumerate(("drop", "roll", "drop"))]
-    cfg = common.parse_config(sft.Config, ["--preset=wan5b", "--folder=clips"], sft.PRESETS)
-    assert sft.shards_of(cfg, 9, torch.device("cuda")) == sft.shards_of(cfg, 9, torch.device("cpu")) and all(
-        n <= 4 for _, _, n in sft.shards_of(cfg, 9, torch.device("cuda")))
+    for more in ("--folder=clips", "--clips=9"):
+        cfg = common.parse_config(sft.Config, ["--preset=wan5b", more], sft.PRESETS)
+        shards = [sft.shards_of(cfg, 9, torch.device(kind)) for kind in ("cuda", "cpu")]
+        assert shards[0] == shards[1] and all(n <= 4 for _, _, n in shards[0])
     filmed, render = [], simdata.render
     monkeypatch.setattr(simdata, "render", lambda scene, *x: filmed.append(len(scene["eye"])) or render(scene, *x))
     simdata.make_batch("drop", 3, 0, frames=2, size=[640, 1024], truth=False)
