@@ -173,7 +173,7 @@ def setup(device="auto"):
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1 and device == "cuda":             # each rank its own, from the first touch on
+    if world > 1 and str(device).startswith("cuda"):       # each its own from the first touch
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(device)

@@ -55,7 +55,7 @@ def parse(video, image, mask, count):
 
     c = chroma(rgb)
     along = torch.einsum("bnc,btchw->btnhw", hue, c)                                                # (B, T, N, H, W)
-    length = c.square().sum(2, keepdim=True).sqrt()                                  # norm(dim=2) takes ten times it
+    length = c.square().sum(2, keepdim=True).sqrt()                                  # norm(dim=2) is far slower
     ratio = along / rgb.amax(2, keepdim=True).clamp_min(0.02) / saturation[:, None, :, None, None].clamp_min(1e-3)
     best = along == along.amax(2, keepdim=True)
     exists = (own.sum((2, 3)) > 0)[:, None, :, None, None]

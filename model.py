@@ -450,8 +450,7 @@ def sample(model, image, text, phys, noise, steps=20, shift=3.0, cfg=1.0, text_n
 # LoRA (arXiv 2106.09685): W + alpha / rank * B A, only A and B are trained
 
 # Up to so many channels the two are added before they meet the tokens: there a product costs less than three more
-# passes over the activations, and a nano DPO step takes two thirds of the time. Beyond, its gradient would cost what a
-# LoRA saves.
+# passes over the activations. Beyond, its gradient would cost what a LoRA saves.
 NARROW = 1024
 class LoRALinear(nn.Linear):
     """A Linear that learned a second, low-rank path. Its weight and bias keep their names and their storage."""

@@ -280,6 +280,7 @@ def main():
                                 f"= {world * cfg.accumulate}")
     vae = load_vae(f"{cfg.data}/vae.safetensors", device=device)
     common.check_frames(cfg), common.check_sides(cfg, ("height", "width"), 2 * vae.stride)
+
     # the networks
     config = M.CONFIGS.get(cfg.model, {}) | {"phys": cfg.phys}
     if cfg.init_from:

@@ -1,5 +1,5 @@
 """
-Every promise, tested:  python -m pytest -q test_all.py        (five to ten minutes on two CPU cores)
+Every promise, tested:  python -m pytest -q test_all.py        (five to eleven minutes on two CPU cores)
 
 Parity with diffusers and transformers is checked where these are installed and skipped where they are not.
 """
@@ -1732,6 +1732,17 @@ def test_loss_weights():
     assert loss(0, 0) == loss(1, 1) > 0 == loss(2, 1, visible=visible)
     assert loss(1, 0, visible=visible) == pytest.approx(visible[1].item() * loss(1, 0))
     assert loss(0, 1, moving=4.0) == pytest.approx(5 * loss(0, 0, moving=4.0)) == pytest.approx(5 * loss(0, 0))
+
+
+def test_visibility_looks_at_the_middle_of_large_pictures(monkeypatch):
+    """A gradient through a whole decoder takes gigabytes a picture; small ones are looked at as a whole."""
+    vae, seen = V.VideoVAE(V.CONFIGS["nano"]), []
+    monkeypatch.setattr(vae, "decode", lambda z: seen.append(z.detach().clone()) or z.square())
+    for side in (8, 40):
+        latent = torch.randn(3, 32, 2, side, side + 2, generator=common.generator("visible", side))
+        assert V.visibility(vae, latent).shape == (32, 1, 1, 1)
+    assert torch.equal(seen[0], torch.randn(3, 32, 2, 8, 10, generator=common.generator("visible", 8)))
+    assert [len(z) for z in seen[1:]] == [2, 1] and torch.equal(seen[1], latent[:2, ..., 12:28, 13:29])
 
 
 def test_bytes():
