@@ -405,7 +405,7 @@ def visibility(vae, latent):
     backward pass."""
     g, power = common.generator("visibility"), 0
     top, left = (max(0, (n - 16) // 2) for n in latent.shape[3:])                    # of large pictures the middle, two
-    latent = latent[..., top:top + 16, left:left + 16].float()                       # at a time: a whole one is gigabytes
+    latent = latent[..., top:top + 16, left:left + 16].float()                       # at a time: whole, it is gigabytes
     for part in latent.split(max(1, 2**17 // latent[0, 0, 0].numel()**2)):
         video = vae.decode(part.requires_grad_())
         gradient, = torch.autograd.grad(video, part, torch.randn(video.shape, generator=g).to(video))
