@@ -37,6 +37,10 @@ class InputError(ValueError):
     """The user's input is wrong; the message is one line that says what is wrong and what would be right."""
 
 
+def out_of_memory(error):
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def run(main):
     """Call main(); an InputError becomes one line on stderr and exit code 2, never a traceback."""
     try:
@@ -45,7 +49,7 @@ def run(main):
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        if not out_of_memory(error):
             raise
         print(f"error: out of memory: {str(error).splitlines()[0][:200]} Fewer frames, smaller sides, fewer clips at a "
               "time (--n, --batch, --chunk) need less; in training --checkpointing=True does, and in dpo.py "
@@ -54,8 +58,10 @@ def run(main):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:   # all is written: no thread of the process group's that outlives
-        sys.stdout.flush(), sys.stderr.flush()     # Python shall abort what has ended well
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:   # all is written; a thread that NCCL or gloo leaves behind can still
+        sys.stdout.flush(), sys.stderr.flush()     # crash Python at its end
         os._exit(0)
 
 
@@ -93,9 +99,9 @@ def parse_config(config_class, argv, presets=None, positional=None):
         if arg in ("-h", "--help"):
             print((sys.modules[config_class.__module__].__doc__ or "").strip() + "\n\nflags (--name=value):")
             for name, default in fields.items():
-                print(f"  --{name}={default}".ljust(36) + texts.get(name, ""))
+                print(f"  --{name}={default}".ljust(35), texts.get(name, ""))
             if presets:
-                print(f"  --preset=NAME".ljust(36) + "a named set of overrides: " + ", ".join(presets))
+                print("  --preset=NAME".ljust(35), "a named set of overrides:", ", ".join(presets))
             sys.exit(0)
         if not arg.startswith("--") and positional and positional not in given:
             given[positional] = arg
@@ -136,6 +142,13 @@ def check_names(flag, text, known):
     return names
 
 
+def check_choice(config, **choices):
+    """check_choice(cfg, split=("val", "test")) raises InputError unless each named field is one of those."""
+    for name, known in choices.items():
+        if getattr(config, name) not in known:
+            raise InputError(f"--{name}={getattr(config, name)}: expected one of {', '.join(known)}")
+
+
 def check_frames(cfg):
     """Raises InputError unless cfg.frames = 1 + 4k."""
     if cfg.frames % 4 != 1:
@@ -152,7 +165,8 @@ def check_sides(cfg, names, step):
 
 
 def clip_size(cfg):
-    """cfg's height and width as the simulator takes them: pixels a side, or [height, width]."""
+    """cfg's height and width as the simulator takes them: pixels a side, or [height, width] (a list, because stamps of
+    files are compared with it, and JSON has no tuples)."""
     return cfg.height if cfg.height == cfg.width else [cfg.height, cfg.width]
 
 
@@ -240,34 +254,35 @@ def _begin():
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def each(x, convert):
+def tree_map(x, convert):
     """A dict, tuple or list of tensors, such and whatever else -> the same with every tensor (or array) converted."""
     if isinstance(x, dict):
-        return {k: each(v, convert) for k, v in x.items()}
+        return {k: tree_map(v, convert) for k, v in x.items()}
     if isinstance(x, (tuple, list)):
-        return type(x)(each(v, convert) for v in x)
+        return type(x)(tree_map(v, convert) for v in x)
     return convert(x) if isinstance(x, (torch.Tensor, np.ndarray)) else x
 
 
 def _call(function, task):
-    return each(function(*task), lambda v: v.cpu().numpy())
+    return tree_map(function(*task), lambda v: torch.as_tensor(v).cpu().numpy())
 
 
 def scenes_at_once(device):
-    """How many times as many scenes as on a CPU are simulated at once: a GPU takes hardly longer for more."""
+    """By how much the simulator's batches are larger than on a CPU: a GPU takes hardly longer for 32 times as many."""
     return 1 if device.type == "cpu" else 32
 
 
 def side_by_side(function, tasks, device=torch.device("cpu")):
-    """Yield function(*task), a dict, for each task in order: as many at a time as this rank has cores, at most 16, of
-    those that work on a GPU 5, each in a process of its own with one thread. For what spends its time between small
-    operations, as the simulator does: there a second thread gains nothing, a second process doubles the speed."""
+    """Yield function(*task), brought to the CPU, for each task in order: as many at a time as this rank has cores, at
+    most 16, of those that work on a GPU 5, each in a process of its own with one thread. For what spends its time
+    between small operations, as the simulator does: a second thread gains nothing there, a second process doubles the
+    speed."""
     # macOS cannot say which cores are ours
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     most = 16 if device.type == "cpu" else max(1, min(5, int(free_memory(device) / 8e9)))            # as films take
     count = min(len(tasks), most, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if count < 2:
-        yield from (function(*task) for task in tasks)
+        yield from (tree_map(function(*task), lambda v: torch.as_tensor(v).cpu()) for task in tasks)
         return
     with ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _begin) as pool:
         try:                                       # a process that is killed, for memory, ends all with an error
@@ -277,22 +292,24 @@ def side_by_side(function, tasks, device=torch.device("cpu")):
                 done = ahead.pop(0).result()
                 if i + count < len(tasks):
                     ahead.append(pool.submit(_call, function, tasks[i + count]))
-                yield each(done, torch.from_numpy)
+                yield tree_map(done, torch.from_numpy)
         except BaseException:                      # Ctrl-C shall not wait for what is half done
             for process in list(pool._processes.values()):
                 process.terminate()
             raise
 
 
-def remembered(folder, function, *args):
-    """function(*args), which is what the simulator makes of them: kept in the folder, and read from there by whoever
-    asks for the same, as long as the function's file and the simulator's are what they are."""
-    files = sys.modules[function.__module__].__file__, os.path.join(os.path.dirname(__file__), "simdata.py")
-    key = hashlib.sha256(repr((function.__name__, args)).encode())
-    for name in files:
-        with open(name, "rb") as f:
-            key.update(f.read())
-    path = f"{folder}/{function.__name__}_{key.hexdigest()[:16]}.pt"
+def source_hash(path=os.path.join(os.path.dirname(__file__), "simdata.py")):
+    """A short string that changes when a source file does, by default the world's."""
+    with open(path, "rb") as f:
+        return hashlib.sha256(f.read()).hexdigest()[:12]
+
+
+def disk_cache(folder, function, *args):
+    """function(*args), cached on disk in the folder. The key has the source of the function's file and of simdata.py:
+    whoever edits either gets new scenes."""
+    key = repr((function.__name__, args, source_hash(sys.modules[function.__module__].__file__), source_hash()))
+    path = f"{folder}/{function.__name__}_{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
     if os.path.exists(path):
         return torch.load(path, "cpu", weights_only=True)
     make_dir(folder)
@@ -302,8 +319,9 @@ def remembered(folder, function, *args):
     return made
 
 
-def meanwhile(function, *args):
-    """function(*args) in a thread of its own -> a Future: for what is needed later and made by other processes."""
+def in_background(function, *args):
+    """function(*args) in a thread of its own -> a Future: for what is needed later and made by other processes. The
+    thread is a daemon, which an executor's is not: nobody waits for it at the end."""
     future = Future()
 
     def work():
@@ -317,6 +335,15 @@ def meanwhile(function, *args):
 
 def ranks():
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def average(value, device):
@@ -382,7 +409,7 @@ def noise(shape, *keys, device="cpu"):
     return torch.randn(shape, generator=generator(*keys, device=device), device=device)
 
 
-def at_hand(pool, device):
+def to_device_if_it_fits(pool, device):
     """A dict of tensors from which a training takes rows -> the same on the device, if half its memory holds it."""
     fits = sum(v.nbytes for v in pool.values()) < free_memory(device) / 2
     return {k: v.to(device) for k, v in pool.items()} if fits else pool
@@ -620,7 +647,7 @@ def read_config(path):
         return config
 
 
-def spread(n, most):
+def evenly(n, most):
     """At most `most` indices evenly over 0 .. n - 1, so that every scenario has its share in a sample of clips."""
     return torch.linspace(0, n - 1, min(n, most)).long()
 
@@ -802,13 +829,13 @@ class Muon(torch.optim.Optimizer):
                 p.mul_(1 - lr * decay).add_(y, alpha=-0.2 * lr * math.sqrt(columns))
 
 
-def whole(tensor):
+def unshard(tensor):
     """A tensor that is sharded over the ranks (FSDP2) -> all of it, on the CPU of each; every rank must call. Other
     tensors stay as they are."""
     return tensor.full_tensor().cpu() if hasattr(tensor, "full_tensor") else tensor
 
 
-def like(tensor, value):
+def shard_like(tensor, value):
     """Cut a whole tensor into shards as `tensor` is, if that is sharded."""
     if not hasattr(tensor, "full_tensor"):
         return value
@@ -820,12 +847,12 @@ def save_state(path, step, modules, *optimizers):
     """Everything a run needs to go on bit-exactly: {name: module or dict of tensors}, optimizers, step. No pickle.
 
     Every rank calls, rank 0 writes."""
-    tensors = {f"{name}/{k}": whole(v) for name, m in modules.items()
+    tensors = {f"{name}/{k}": unshard(v) for name, m in modules.items()
                for k, v in (m.state_dict() if isinstance(m, torch.nn.Module) else m).items()}
     for n, optimizer in enumerate(optimizers):
         for i, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer{n}/{i}/{k}": whole(v) for k, v in state.items()}
-    if not dist.is_initialized() or dist.get_rank() == 0:
+            tensors |= {f"optimizer{n}/{i}/{k}": unshard(v) for k, v in state.items()}
+    if rank() == 0:
         save_weights(path, tensors, {"step": step})
 
 
@@ -845,13 +872,13 @@ def load_state(path, modules, *optimizers):
             else:
                 assert part.keys() == m.keys(), f"{name} has other keys"
                 for k, v in m.items():
-                    v.copy_(like(v, part[k]))
+                    v.copy_(shard_like(v, part[k]))
         for n, optimizer in enumerate(optimizers):
             state, owners = {}, [p for group in optimizer.param_groups for p in group["params"]]
             for key, value in tensors.items():
                 if key.startswith(f"optimizer{n}/"):
                     _, i, k = key.split("/")
-                    state.setdefault(int(i), {})[k] = like(owners[int(i)], value) if value.dim() else value
+                    state.setdefault(int(i), {})[k] = shard_like(owners[int(i)], value) if value.dim() else value
             optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
     except (RuntimeError, AssertionError, ValueError, KeyError, IndexError) as error:
         raise InputError(f"{path} belongs to another configuration: {str(error).splitlines()[0]}") from None
@@ -861,14 +888,24 @@ def load_state(path, modules, *optimizers):
 # ----------------------------------------------------------------------------------------------------------------------
 # media: uint8 (T, H, W, 3) at file boundaries, float (C, T, H, W) in [-1, 1] in memory
 
+def to_bytes(x):
+    """float in [-1, 1] -> uint8, of any shape."""
+    return ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte()
+
+
+def from_bytes(x):
+    """uint8 -> float in [-1, 1], of any shape."""
+    return x.float() / 127.5 - 1
+
+
 def to_uint8(video):
     """float (3, T, H, W) in [-1, 1] -> uint8 array (T, H, W, 3)."""
-    return ((video.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).cpu().numpy()
+    return to_bytes(video).permute(1, 2, 3, 0).cpu().numpy()
 
 
 def to_float(frames):
     """uint8 array (..., T, H, W, 3) -> float (..., 3, T, H, W) in [-1, 1]."""
-    return torch.as_tensor(frames).float().movedim(-1, -4) / 127.5 - 1
+    return from_bytes(torch.as_tensor(frames).movedim(-1, -4))
 
 
 def read_image(path, size):

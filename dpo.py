@@ -3,19 +3,23 @@ Stages II and III: direct preference optimisation of the DiT (LoRA) and then of 
 pairs that the simulator judges, so that no human labels are needed.
 
     python dpo.py                                 # pairs, Stage II and Stage III, from the weights in data/
-    python dpo.py --stages=2 --best_only=True --mirror=False --sft=0    # the paper's pairs and its loss alone
-    python dpo.py --stages=2 --beta=0             # a control: the same steps on the winners, without a preference
-    python dpo.py --truth=True --best_only=True --pool=out/pairs_truth  # the truth wins; with --beta=0: SFT on it
-    python dpo.py --rounds=2                      # then the same again with pairs of the policy that came out
+    python dpo.py --name=paper --stages=2 --best_only=True --mirror=False --sft=0    # the paper's pairs and loss alone
+    python dpo.py --name=winners --stages=2 --beta=0      # a control: the same steps on the winners, no preference
+    python dpo.py --name=truth --truth=True --best_only=True --pool=out/pairs_truth  # the truth wins
+    python dpo.py --name=two --rounds=2           # then the same again with pairs of the policy that came out
     torchrun --nproc_per_node=8 dpo.py --pairs=8192 --steps=1000 --batch=256
     torchrun --nproc_per_node=8 dpo.py --preset=wan5b         # after sft.py --preset=wan5b
 
 Pairs: for each scene the Stage-I model draws K clips from K noise seeds; the parser finds the bodies, the simulator
 says where they should be, and any two clips a margin apart become a pair, once as they are and once in a mirror. They
-lie in out/pairs/: shards of safetensors (first, winner, loser: VAE latents; photo: uint8; text: bytes) beside a .jsonl
-with caption, scores, scene, mirrored or not, source, and who won and lost ("sample 2", "truth"), one line a pair. Any
-pairs in that format can be added: the truth as winner, other models, people's choices. A pool that was made with
---truth=True serves without it as well. What the scenes look like and what judges them is kept in out/scenes/.
+lie in out/pairs/, in shards: NAME.safetensors with N pairs beside NAME.jsonl with a line for each. The tensors are
+first (N, z, 1, h, w), the latent of frame 0, and winner, loser (N, z, k, h, w), those of the rest, as VideoVAE.encode
+gives them, bf16; photo (N, 3, H, W) uint8, frame 0 for the encoder; text (N, 1024) int16, model.bytes_to_tokens of the
+caption. A line has caption, winner_score, loser_score (higher is better), scenario, seed and index of the scene,
+mirrored, source, and winner and loser ("sample 2", "truth"); all of it may be missing. Any pairs in that format can be
+added, or stand alone with --pairs=0: of other models, people's choices. Pairs with "truth" count with --truth=True
+alone, so a pool that was made with it serves without it as well. What the scenes look like and what judges them is kept
+in out/scenes/.
 
 Flow-DPO (PhysMaster Eq. 3), v = eps - x0, the same t and eps for winner and loser, constant beta:
     L = -log sigmoid(-beta / 2 * [(e_w - e_w_ref) - (e_l - e_l_ref)]),    e = mean (v - v_theta)^2
@@ -31,7 +35,6 @@ import time
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -54,7 +57,7 @@ class Config:
     pool: str = "out/pairs"         # folder of preference pairs; made if it lacks shards
     scenes: str = "out/scenes"      # folder where scenes and what judges them are kept for other policies
     scenarios: str = ",".join(simdata.SCENARIOS)  # which of the world's, separated by commas; they take turns
-    pairs: int = 1280               # scenes to draw candidates for; those without a clear winner are dropped
+    pairs: int = 1280               # scenes to draw candidates for, if they have a clear winner; 0: only what is there
     height: int = 64                # pixels of the clips
     width: int = 64                 # likewise
     frames: int = 25                # of a clip, 1 + 4k
@@ -66,7 +69,7 @@ class Config:
     heat: float = 1.0               # temperature of the candidates: scale of their initial noise
     truth: bool = False             # the simulator's own clip is one candidate more
     margin: float = 0.3             # least difference of scores, in pixels
-    sampler_steps: int = 12         # of the candidates and the val clips, which guidance has no part in
+    sampler_steps: int = 12         # of candidates and val clips; neither is guided by the text
     sampler_shift: float = 3.0      # > 1 spends more of them near noise
     solver: str = "ab2"             # ab2, euler or unipc
     beta: float = 500.0             # how closely the policy stays to the reference; 0 leaves the winner's loss alone
@@ -90,13 +93,14 @@ class Config:
     device: str = "auto"            # auto, cuda, mps or cpu
 
 
-PRESETS = {"nano": {}, "gpu": dict(name="dpo_gpu", pool="out/pairs_gpu", pairs=2560, steps=200, batch=256, lr=2e-4,
-                                  lr_head=6e-5, eval_every=100),
-           "small": dict(data="out/small", name="dpo_small", pool="out/pairs_small", height=128,
-                                    width=128, frames=33, temperature=1.0)}
+PRESETS = {"nano": {},
+           "gpu": dict(name="dpo_gpu", pool="out/pairs_gpu", pairs=2560, steps=200, batch=256, lr=2e-4, lr_head=6e-5,
+                       eval_every=100),
+           "small": dict(data="out/small", name="dpo_small", pool="out/pairs_small", height=128, width=128, frames=33,
+                         temperature=1.0)}
 PRESETS |= {name: dict(data=f"out/{name}", name=f"dpo_{name}", pool=f"out/pairs_{name}", height=512, width=512,
                        frames=49, fps=fps, sampler_steps=25, sampler_shift=shift, solver="unipc", temperature=1.0,
-                       checkpointing=True, in_turn=True, best_only=True)
+                       checkpointing=True, in_turn=True, best_only=True, eval_clips=64)
             for name, fps, shift in (("wan5b", 24, 5.0), ("wan1.3b", 16, 8.0))}
 SHARD = 64                                         # scenes per shard of pairs, on a GPU more
 SEED = 1                                           # of these scenes, which neither the backbone nor Stage I has seen
@@ -173,36 +177,44 @@ def pair_stamp(cfg, models):
 def form(cfg, models):
     """What the clips are like, for simdata.make_batch."""
     size = common.clip_size(cfg)
-    return dict(size=size, frames=cfg.frames, fps=cfg.fps, photo=judge.photo_size(models.encoder, size))
-
-
-def planned(cfg, scene, device):
-    """The shards of a pool of simulated pairs -> {name: dict(scenario, count: of scenes, start: the first one's
-    number)}. Large clips come one by one: what is drawn, filmed and parsed takes gigabytes each."""
-    names, shard = cfg.scenarios.split(","), 1
-    if sample.small(cfg):                          # a share for every scenario
-        shard = SHARD * common.scenes_at_once(device) * 25 * 64**2 / (cfg.frames * cfg.height * cfg.width)
-        shard = max(1, min(int(shard), math.ceil(cfg.pairs / len(names))))
-    return {f"{s:04d}": dict(scenario=names[s % len(names)], count=min(shard, cfg.pairs - start), start=scene + start)
-            for s, start in enumerate(range(0, cfg.pairs, shard))}
+    return dict(size=size, frames=cfg.frames, fps=cfg.fps, photo=judge.photo_size(size, models.encoder))
 
 
 def shards_of(pool):
     return sorted(f[:-len(".safetensors")] for f in os.listdir(pool) if f.endswith(".safetensors") and f[0] != ".")
 
 
-def check_pool(pool, stamp, plan):
-    """Raises InputError if a shard that lies in the pool does not belong there."""
+def shard_plan(cfg, pool, scene, device):
+    """The shards of a pool of simulated pairs -> {name: dict(scenario, count: of scenes, start: the first one's
+    number)}. Large clips come one by one: what is drawn, filmed and parsed takes gigabytes each."""
+    names, shard = cfg.scenarios.split(","), 1
+    if sample.small(cfg.height, cfg.width):        # a share for every scenario
+        shard = SHARD * common.scenes_at_once(device) * 25 * 64**2 / (cfg.frames * cfg.height * cfg.width)
+        shard = max(1, min(int(shard), math.ceil(cfg.pairs / len(names))))
+    if os.path.exists(f"{pool}/0000.safetensors"):                                   # begun on another device, perhaps
+        shard = common.read_config(f"{pool}/0000.safetensors").get("count", shard)
+    return {f"{s:04d}": dict(scenario=names[s % len(names)], count=min(shard, cfg.pairs - start), start=scene + start)
+            for s, start in enumerate(range(0, cfg.pairs, shard))}
+
+
+def check_pool(cfg, models, pool, scene, device):
+    """-> shard_plan. Raises InputError if a shard that lies in the pool does not belong there."""
+    common.make_dir(pool)
+    stamp, plan = pair_stamp(cfg, models), shard_plan(cfg, pool, scene, device)
     for name in shards_of(pool):
-        made, wanted = common.read_config(f"{pool}/{name}.safetensors"), stamp | plan.get(name, {})
+        path = f"{pool}/{name}.safetensors"
+        made, wanted = common.read_config(path), stamp | plan.get(name, {})
         if not os.path.exists(f"{pool}/{name}.jsonl"):
             raise common.InputError(f"{pool}/{name}.jsonl is missing; it belongs to {name}.safetensors")
+        if "start" in made and name not in plan:
+            raise common.InputError(f"{path} has pairs of more scenes than --pairs={cfg.pairs}; expected as many as "
+                                    "there are in the pool, or another --pool")
         told = all("winner" in line for line in common.read_lines(f"{pool}/{name}.jsonl"))
         for key in [key for key in wanted if key in made]:                           # what it knows of itself
             # where the truth is a candidate, there are the pairs without it as well, if their lines say who is who
             if made[key] != wanted[key] and not (key == "truth" and made[key] and told):
-                raise common.InputError(f"{pool}/{name}.safetensors was made with another {key}; delete {pool} "
-                                        "or choose another --pool")
+                raise common.InputError(f"{path} was made with another {key}; delete {pool} or choose another --pool")
+    return plan
 
 
 def ranked(scores, margin):
@@ -213,13 +225,13 @@ def ranked(scores, margin):
     return [(i, w, l) for i, w, l in found if scores[w, i] - scores[l, i] >= margin]
 
 
-def judged(scenario, count, start, form, device, whole):
+def scenes_with_weights(scenario, count, start, form, device, whole):
     """Some training scenes and what judges them: of a make_batch dict what make_pairs needs (whole: the films, not only
     the first frames), and chaos_weights."""
     batch = simdata.make_batch(scenario, count, SEED, "train", start=start, device=device, **form)
     batch = {k: batch[k] for k in ("video", "photo", "mask", "alive", "falls", "position", "caption")}
     video = batch["video"] if whole else batch["video"][:, :, :1]
-    batch["video"] = ((video + 1) * 127.5).round().byte()                            # as in a file
+    batch["video"] = common.to_bytes(video)         # as in a file
     begin, _ = simdata.make_scene(scenario, count, SEED, "train", form["size"], device, start)
     return batch | dict(weights=chaos_weights(begin, batch, form["frames"], form["fps"], start))
 
@@ -230,32 +242,30 @@ def make_pairs(cfg, models, pool, scene, stop, device, rank, world):
     if stopped.
 
     Every rank makes its own; a killed run goes on with the next missing shard."""
-    common.make_dir(pool)
-    stamp, plan = pair_stamp(cfg, models), planned(cfg, scene, device)
-    check_pool(pool, stamp, plan)                  # before hours of work
+    plan, stamp = check_pool(cfg, models, pool, scene, device), pair_stamp(cfg, models)
     missing = [name for name in [*plan][rank::world] if not os.path.exists(f"{pool}/{name}.safetensors")]
-    made = common.side_by_side(common.remembered, [
-        (cfg.scenes, judged, plan[name]["scenario"], plan[name]["count"], plan[name]["start"], form(cfg, models),
+    made = common.side_by_side(common.disk_cache, [
+        (cfg.scenes, scenes_with_weights, *(plan[name][k] for k in ("scenario", "count", "start")), form(cfg, models),
          str(device), cfg.truth) for name in missing], device)
-    bar = tqdm(missing, f"pairs, shards of {plan['0000']['count']} scenes", disable=rank > 0 or not missing)
+    bar = tqdm(missing, "pairs, shards of scenes", disable=rank > 0 or not missing)
     for name in bar:
         if stop.now:
             break
-        scenario, count, start = plan[name].values()
-        batch = common.each(next(made), lambda v: v.to(device))
+        scenario, count, start = (plan[name][k] for k in ("scenario", "count", "start"))
+        batch = common.tree_map(next(made), lambda v: v.to(device))
         photo, text = batch["photo"], models.read(batch["caption"]).to(device)
-        film, chunk = batch["video"].float() / 127.5 - 1, 0 if sample.small(cfg) else 2
+        film, chunk = common.from_bytes(batch["video"]), 0 if sample.small(cfg.height, cfg.width) else 2
         batch["video"] = frame = film[:, :, :1]
         latents, scores = [], []
         with common.autocast(device):
             firsts = [models.vae.encode(x) for x in (frame, frame.flip(-1))]         # as it is, and in a mirror
             phys = models.encoder and models.encoder(photo, models.encoder.head.grid(firsts[0]), (cfg.frames - 1) // 4)
-            for k in range(cfg.candidates + cfg.truth):
-                x0 = sample.generate_latent(models, firsts[0], text, phys,
-                                            [("pairs", SEED, start + i, k) for i in range(count)], cfg.frames,
-                                            cfg.sampler_steps, cfg.sampler_shift, solver=cfg.solver,
-                                            temperature=cfg.heat) \
-                    if k < cfg.candidates else models.vae.encode(film, chunk)[:, :, 1:]
+            keys = [[("pairs", SEED, start + i, k) for i in range(count)] for k in range(cfg.candidates)]
+            clips = [sample.generate_latent(models, firsts[0], text, phys, key, cfg.frames, cfg.sampler_steps,
+                                            cfg.sampler_shift, solver=cfg.solver, temperature=cfg.heat) for key in keys]
+            if cfg.truth:
+                clips.append(models.vae.encode(film, chunk)[:, :, 1:])
+            for x0 in clips:
                 video = models.vae.decode(torch.cat([firsts[0], x0], 2), chunk)
                 with torch.autocast(device.type, enabled=False):
                     scores.append(score(video.float(), batch, batch["weights"]).cpu())
@@ -272,12 +282,13 @@ def make_pairs(cfg, models, pool, scene, stop, device, rank, world):
                                     "caption": batch["caption"][i], "winner_score": round(scores[w][i].item(), 4),
                                     "loser_score": round(scores[l][i].item(), 4), "winner": who[w],
                                     "loser": who[l], "mirrored": bool(m), "source": "simulator"}) + "\n")
-        photos = ((torch.stack([photo, photo.flip(-1)]) + 1) * 127.5).round().byte().cpu()
+        photos = common.to_bytes(torch.stack([photo, photo.flip(-1)])).cpu()
         # the tensors last: their file says that the shard is complete
         common.save_weights(f"{pool}/{name}.safetensors", dict(
             first=firsts[mirrored, scene_of].bfloat16(), winner=latents[better, mirrored, scene_of].bfloat16(),
             loser=latents[worse, mirrored, scene_of].bfloat16(), photo=photos[mirrored, scene_of],
-            text=M.bytes_to_tokens(batch["caption"], M.LONG)[scene_of].short()), stamp | plan[name])
+            text=M.bytes_to_tokens(batch["caption"], M.LONG)[scene_of].short()),
+            stamp | plan[name] | dict(world=common.source_hash()))
     made.close()
     return stop.agreed(device)                     # once all ranks are done
 
@@ -299,34 +310,69 @@ def chosen(lines, best_only, mirror, truth):
     return [i for _, i in widest.values()]
 
 
-def load_pairs(cfg, pool, rank):
+def check_pairs(cfg, models, path, tensors):
+    """Raises InputError unless the tensors of a shard are pairs of this run's size, see the top of this file."""
+    stride, z, T = models.vae.stride, models.vae.config["z_dim"], (cfg.frames - 1) // 4
+    h, w = cfg.height // stride, cfg.width // stride
+    expected = dict(first=(z, 1, h, w), winner=(z, T, h, w), loser=(z, T, h, w), text=(M.LONG,),
+                    photo=(3, *simdata.sides(form(cfg, models)["photo"])))
+    if lacking := expected.keys() - tensors.keys():
+        raise common.InputError(f"{path} has no {', '.join(sorted(lacking))}; expected {', '.join(expected)}")
+    N = len(tensors["winner"])
+    for key, shape in expected.items():
+        if tensors[key].shape != (N, *shape):
+            raise common.InputError(f"{path}: {key} is {tuple(tensors[key].shape)}; expected {(N, *shape)}, with "
+                                    f"--height={cfg.height} --width={cfg.width} --frames={cfg.frames} and this VAE")
+
+
+def load_pairs(cfg, models, pool, rank):
     """All shards in a folder -> dict of tensors, a pair a row. Raises InputError when they do not belong together."""
-    parts, lines = [], []
+    parts, lines, worlds = [], [], {common.source_hash()}
     for name in shards_of(pool):
-        tensors, _ = common.read_weights(f"{pool}/{name}.safetensors")
+        tensors, made = common.read_weights(f"{pool}/{name}.safetensors")
+        worlds |= {made["world"]} if "world" in made else set()
+        check_pairs(cfg, models, f"{pool}/{name}.safetensors", tensors)
         notes = common.read_lines(f"{pool}/{name}.jsonl")
-        if lacking := {"first", "winner", "loser", "photo", "text"} - tensors.keys():
-            raise common.InputError(f"{pool}/{name}.safetensors has no {', '.join(sorted(lacking))}; expected first, "
-                                    "winner, loser, photo and text")
         if len(notes) != len(tensors["winner"]):
             raise common.InputError(f"{pool}/{name}: {len(notes)} lines in .jsonl, "
                                     f"{len(tensors['winner'])} pairs in .safetensors")
+        for note in notes:
+            for key in {"winner_score", "loser_score"} & note.keys():
+                if not isinstance(note[key], (int, float)):
+                    raise common.InputError(f"{pool}/{name}.jsonl: {key} is {note[key]!r}; expected a number")
         keep = chosen(notes, cfg.best_only, cfg.mirror, cfg.truth)
-        parts.append({k: v[keep] for k, v in tensors.items()}), lines.extend(notes[i] for i in keep)
+        parts.append({k: tensors[k][keep] for k in ("first", "winner", "loser", "photo", "text")})
+        lines.extend(notes[i] for i in keep)
+    if len(set(common.gather(len(lines)))) > 1:
+        raise common.InputError(f"{pool} is not the same folder on all machines; expected one that they share")
     if not lines:
-        raise common.InputError(f"{pool} holds no pairs: every margin was under --margin={cfg.margin}; lower it, "
-                                "or raise --candidates")
+        raise common.InputError(f"{pool} holds no pairs" + (
+            f": every margin was under --margin={cfg.margin}; lower it, or raise --candidates" if cfg.pairs else
+            "; expected shards as described in dpo.py, or --pairs=N to make some"))
+    if rank == 0 and len(worlds) > 1:
+        print(f"note: simdata.py has changed since {pool} was made; another --pool would be of the world as it is now")
     if rank == 0:
-        w, l = (torch.tensor([line[k] for line in lines if k in line]) for k in ("winner_score", "loser_score"))
-        print(f"{len(lines)} pairs; chaos-weighted distance to the truth in px: winners {-w.mean():.2f}, "
-              f"losers {-l.mean():.2f}")
+        w, l = ([line[k] for line in lines if k in line] for k in ("winner_score", "loser_score"))
+        print(f"{len(lines)} pairs" + (f"; chaos-weighted distance to the truth in px: winners {-sum(w) / len(w):.2f}, "
+                                       f"losers {-sum(l) / len(l):.2f}" if w and l else ""))
     return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # one stage: the same loop, only what is trained differs
 
-def train(cfg, stage, around, models, pairs, held_out, folder, stop, device, rank, world):
+def pair_errors(net, given, clips, in_turn=False):
+    """The errors of winners and losers, (B,) each: net(seen, first, clips, text, t, eps) of `given`, (seen, first,
+    text, t, eps), and clips, [winner, loser]; in_turn: pair by pair, which takes the memory of one."""
+    about, first, text, t, eps = given
+    if not in_turn:
+        return net(about, first, clips, text, t, eps)
+    turns = [pair_errors(net, common.tree_map(given, lambda x: x[i:i + 1]), [clip[i:i + 1] for clip in clips])
+             for i in range(len(first))]
+    return [torch.cat(errors) for errors in zip(*turns)]
+
+
+def train(cfg, stage, round_number, models, pairs, held_out, folder, stop, device, rank, world):
     """Train what STAGES[stage] says in one round; everything else is frozen. -> True if stopped."""
     dit, encoder = models.dit, models.encoder
     head = encoder.head if encoder is not None else None
@@ -341,7 +387,7 @@ def train(cfg, stage, around, models, pairs, held_out, folder, stop, device, ran
     if "head" in STAGES[stage]:
         head.requires_grad_(True)
         head.scratch.refinenet4.resConfUnit1.requires_grad_(False)                   # in every DPT, used by none
-    some = common.spread(len(pairs["first"]), 16)
+    some = common.evenly(len(pairs["first"]), 16)
     latent = torch.cat([pairs["first"][some], pairs["winner"][some, :, :1]], 2)
     raw = Policy(dit, head, visibility(models.vae, latent.to(device))).to(device).train()
     trained = {k: p for k, p in raw.named_parameters() if p.requires_grad}
@@ -350,18 +396,18 @@ def train(cfg, stage, around, models, pairs, held_out, folder, stop, device, ran
     groups = [dict(params=[p for k, p in trained.items() if k.startswith(part)], peak=peak)
               for part, peak in (("dit.", cfg.lr), ("head.", cfg.lr_head))]
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.98), weight_decay=0.0)
-    name = f"{stage}_{around}" if around > 1 else stage
+    name = f"{stage}_{round_number}" if round_number > 1 else stage
     log, state = f"{folder}/metrics{name}.jsonl", f"{folder}/state{name}.safetensors"
     best = {k: p.clone() for k, p in reference.items()} | {"val_traj_l2": torch.tensor(math.inf)}
     parts = {"model": trained, "reference": reference, "best": best}
     start = common.load_state(state, parts, optimizer) if cfg.resume else 0
     if rank == 0:
         common.trim_log(log, start)
-        print(f"Stage {stage}, round {around}, {STAGES[stage]}: {sum(p.numel() for p in trained.values()):,} trained "
-              f"parameters, from step {start}")
+        print(f"Stage {stage}, round {round_number}, {STAGES[stage]}: "
+              f"{sum(p.numel() for p in trained.values()):,} trained parameters, from step {start}")
 
     @torch.no_grad()
-    def report(step):
+    def validate(step):
         """The outcome on val scenes, as cold as sample.py's (the candidates are not: they should differ). This, not the
         loss, is what the stage is for."""
         raw.eval()
@@ -379,7 +425,7 @@ def train(cfg, stage, around, models, pairs, held_out, folder, stop, device, ran
     began = time.time()
     bar = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, disable=rank > 0, desc=f"stage {stage}")
     if start == 0:
-        report(0)
+        validate(0)
     for step in bar:
         scale = min((step + 1) / (cfg.warmup + 1), 0.1 + 0.45 * (1 + math.cos(math.pi * step / cfg.steps)))
         for group in optimizer.param_groups:
@@ -390,32 +436,28 @@ def train(cfg, stage, around, models, pairs, held_out, folder, stop, device, ran
         eps = common.noise((cfg.batch, *pairs["winner"].shape[1:]), cfg.seed, "dpo noise", name, step, device=device)
         mine = slice(rank * cfg.batch // world, (rank + 1) * cfg.batch // world)
         row = {k: v[index[mine].to(v.device)].to(device) for k, v in pairs.items()}
-        photo = row["photo"].float() / 127.5 - 1
+        photo = common.from_bytes(row["photo"])
         with common.autocast(device):
             seen = encoder.features(photo) if encoder is not None else None
             said = models.read(M.tokens_to_strings(row["text"])) if models.text else row["text"][:, :M.BYTES].long()
             pair = row["winner"].float(), row["loser"].float()
             given = seen, row["first"].float(), said.to(device), t[mine], eps[mine]
-            turns = [slice(i, i + 1) for i in range(len(photo))] if cfg.in_turn else [slice(None)]
-
-            def errors(net, part, *clips):
-                about, first, text, *noise = common.each(given, lambda x: x[part])
-                return net(about, first, [clip[part] for clip in clips], text, *noise)
-            whole = lambda net: map(torch.cat, zip(*(errors(net, part, *pair) for part in turns)))  # (B,), (B,)
-            with torch.no_grad():                  # the same module, the same precision, the tensors of step 0
-                ref_w, ref_l = whole(lambda *x: torch.func.functional_call(raw, reference, x))
+            with torch.no_grad():                  # the reference: the same module and precision, the tensors of step 0
+                ref_w, ref_l = pair_errors(lambda *x: torch.func.functional_call(raw, reference, x), given, pair,
+                                           cfg.in_turn)
             with torch.set_grad_enabled(not cfg.in_turn):
-                err_w, err_l = (e.requires_grad_() for e in whole(raw if cfg.in_turn else model))
+                err_w, err_l = pair_errors(raw if cfg.in_turn else model, given, pair, cfg.in_turn)
+        err_w, err_l = err_w.requires_grad_(), err_l.requires_grad_()
         preference = dpo_loss(err_w, err_l, ref_w, ref_l, cfg.beta)
         loss = preference.mean() + cfg.sft * err_w.mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if cfg.in_turn:                            # so far down to all errors; now through the network, one by one
-            for part in turns:
+            for i in range(len(photo)):
                 for clip, slope in zip(pair, (err_w.grad, err_l.grad)):
                     with common.autocast(device):
-                        error, = errors(model, part, clip)
-                    (error * slope[part]).sum().backward()
+                        error, = pair_errors(model, common.tree_map(given, lambda x: x[i:i + 1]), [clip[i:i + 1]])
+                    (error * slope[i]).sum().backward()
         norm = nn.utils.clip_grad_norm_(trained.values(), 1.0)
         optimizer.step()
 
@@ -435,8 +477,8 @@ def train(cfg, stage, around, models, pairs, held_out, folder, stop, device, ran
                                 loser=f"{entry['loser_vs_reference']:+.1e}")
         ending = stop.agreed(device)
         if done % cfg.eval_every == 0 or done == cfg.steps:
-            report(done)
-        if (done % cfg.eval_every == 0 or done == cfg.steps or ending) and rank == 0:
+            validate(done)
+        if done % cfg.eval_every == 0 or done == cfg.steps or ending:
             common.save_state(state, done, parts, optimizer)
         if ending and done < cfg.steps:
             return True
@@ -446,7 +488,7 @@ def train(cfg, stage, around, models, pairs, held_out, folder, stop, device, ran
     if rank == 0:
         if "LoRA" in STAGES[stage]:
             common.save_weights(f"{folder}/lora2.safetensors", M.lora_state(dit),
-                                {"rank": cfg.rank, "alpha": cfg.alpha}, torch.bfloat16)
+                                {"rank": cfg.rank, "alpha": cfg.alpha, "base": dit.base}, torch.bfloat16)
         if "head" in STAGES[stage]:
             common.save_weights(f"{folder}/head3.safetensors", head, encoder.config, torch.bfloat16)
         print(f"wrote the {STAGES[stage]} of val traj_l2 {best['val_traj_l2']:.4f} to {folder}")
@@ -456,13 +498,13 @@ def train(cfg, stage, around, models, pairs, held_out, folder, stop, device, ran
 def captions(cfg):
     """Of all scenes that a run may draw candidates for, and of the val clips."""
     names = common.check_names("scenarios", cfg.scenarios, simdata.SCENARIOS)
-    return judge.val_captions(names, cfg.eval_clips) + [c for name in names for c in simdata.captions(
+    return judge.val_captions(names, cfg.eval_clips) + [c for name in names if cfg.pairs for c in simdata.captions(
         simdata.make_scene(name, cfg.rounds * cfg.pairs, SEED, "train")[0])]
 
 
 def main():
     cfg = common.parse_config(Config, sys.argv[1:], PRESETS)
-    common.check_range(cfg, rounds=(1, 10**4), pairs=(1, 10**8), candidates=(2, 256), margin=(0, 1e3), beta=(0, 1e7),
+    common.check_range(cfg, rounds=(1, 10**4), pairs=(0, 10**8), candidates=(2, 256), margin=(0, 1e3), beta=(0, 1e7),
                        sft=(0, 1e3), rank=(1, 1024), alpha=(1, 4096), steps=(0, 10**7), batch=(1, 10**6),
                        eval_clips=(1, 10**5), log_every=(1, 10**7), eval_every=(1, 10**7), sampler_steps=(1, 1000),
                        lr=(0, 1), lr_head=(0, 1), warmup=(0, 10**7), shift=(0.01, 100), sampler_shift=(0.01, 100),
@@ -470,16 +512,23 @@ def main():
                        fps=(1, 240))
     common.check_frames(cfg)
     common.check_names("scenarios", cfg.scenarios, simdata.SCENARIOS)
-    common.check_names("solver", cfg.solver, M.SOLVERS)
+    common.check_choice(cfg, solver=M.SOLVERS, stages=("2", "3", "head", "both", "2,3", "2,both"))
     stages = cfg.stages.split(",")
-    if cfg.stages not in ("2", "3", "head", "both", "2,3", "2,both"):
-        raise common.InputError(f"--stages={cfg.stages}: expected 2, 3, head, both, 2,3 or 2,both")
     if os.path.abspath(cfg.pool) == os.path.abspath(f"out/{cfg.name}"):
         raise common.InputError(f"--pool={cfg.pool}: expected another folder than the run's, which has weights")
     device, rank, world = common.setup(cfg.device)
     if cfg.batch % world:
         raise common.InputError(f"--batch={cfg.batch} must be a multiple of the {world} ranks")
+    reads, text = common.read_config(f"{cfg.data}/dit.safetensors"), {}
+
+    def understand(texts):
+        """What an outside text encoder says about them, if the DiT needs one, computed once."""
+        if reads.get("text") == "features":
+            path = cfg.text_emb or f"{cfg.data}/captions.safetensors"
+            text.update(sample.text_features(path, texts, reads["text_dim"], cfg.data, device))
+    understand(captions(cfg))                      # before the DiT takes the memory
     models = sample.load_models(cfg.data, 1, device=device)                          # Stage I makes the pairs
+    models.text = text or None
     common.check_sides(cfg, ("height", "width"), 2 * models.vae.stride)
     if stages != ["2"] and models.encoder is None:
         raise common.InputError(f"--stages={cfg.stages} trains the physical head, but this DiT was trained without "
@@ -490,40 +539,34 @@ def main():
                                 "--stages=2,3, or the folder of a run of Stage II")
     models.dit.checkpointing = cfg.checkpointing
 
-    def understand(texts):
-        """What an outside text encoder says about them, if the DiT needs one, computed once."""
-        if models.dit.config["text"] == "features":
-            path, width = cfg.text_emb or f"{cfg.data}/captions.safetensors", models.dit.config["text_dim"]
-            models.text = (models.text or {}) | sample.text_features(path, texts, width, cfg.data, device)
-
-    understand(captions(cfg))
-    held_out = common.meanwhile(common.remembered, cfg.scenes, judge.val_scenes, cfg.scenarios.split(","),
-                                cfg.eval_clips, 32 if sample.small(cfg) else 1, rank, world,
+    check_pool(cfg, models, cfg.pool, 0, device)   # before hours of work
+    held_out = common.in_background(common.disk_cache, cfg.scenes, judge.val_scenes, cfg.scenarios.split(","),
+                                cfg.eval_clips, 32 if sample.small(cfg.height, cfg.width) else 1, rank, world,
                                 form(cfg, models)) if cfg.steps else None
     stop, stopped = common.Stop(), False
-    for around in range(1, cfg.rounds + 1):
-        pool = cfg.pool if around == 1 else f"{cfg.pool}_{around}"                   # other scenes, the policy of now
-        if make_pairs(cfg, models, pool, (around - 1) * cfg.pairs, stop, device, rank, world):
+    for round_number in range(1, cfg.rounds + 1):
+        # after the first: other scenes, the policy of now
+        pool = cfg.pool if round_number == 1 else f"{cfg.pool}_{round_number}"
+        if make_pairs(cfg, models, pool, (round_number - 1) * cfg.pairs, stop, device, rank, world):
             stopped = True
             break
-        pairs = common.at_hand(load_pairs(cfg, pool, rank), device)
+        pairs = common.to_device_if_it_fits(load_pairs(cfg, models, pool, rank), device)
         understand(M.tokens_to_strings(pairs["text"]))                               # pairs may come from elsewhere
-        if around == 1 and cfg.steps:              # all it reads is there
+        if round_number == 1 and cfg.steps:        # all it reads is there
             folder = common.start_run(cfg, rank, f"out/{cfg.name}")
             if rank == 0:                          # copied first, so that with its last file the folder is whole
-                sample.carry_over(cfg.data, folder, "vae", "backbone", "readout", "dit", "head1",
+                sample.copy_weights(cfg.data, folder, "vae", "backbone", "readout", "dit", "head1",
                                   *["lora2"] * (stages == ["3"]), text_emb=cfg.text_emb)
-        if around == 1 and stages == ["3"]:        # Stage III alone: Stage II's LoRA is on, in policy and reference
-            models, text = sample.load_models(cfg.data, 2, device=device), models.text
-            models.dit.checkpointing, models.text = cfg.checkpointing, text
+        if round_number == 1 and stages == ["3"]:  # Stage III alone: Stage II's LoRA is on, in policy and reference
+            models = sample.load_models(cfg.data, 2, device=device)
+            models.dit.checkpointing, models.text = cfg.checkpointing, text or None
         for stage in stages if cfg.steps else ():
-            stopped = stopped or train(cfg, stage, around, models, pairs, held_out, folder, stop, device, rank, world)
+            stopped = stopped or train(cfg, stage, round_number, models, pairs, held_out, folder, stop, device, rank,
+                                       world)
         if stopped:
             break
     if rank == 0 and stopped:
         print("stopped; go on with --resume=True")
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

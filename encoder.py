@@ -28,7 +28,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -284,7 +283,7 @@ class PhysicalHead(DPT):
             return tokens
         what = self.what(features[-1]).unflatten(-1, (4, -1)).flatten(1, 2).float()    # (B, cells, WHAT)
         what = torch.cat([what, told[3]], -1)                                          # (B, cells, WHAT + 3)
-        weight, middle = carried(*told[:3], grid, frames)
+        weight, middle = splat(*told[:3], grid, frames)
         terms = torch.cat([weight[..., None], weight[..., None] * middle], -1)         # (B, cells, frames, P, 9)
         # a body's own numbers times where it is: two bodies in one token do not exchange their places
         x = what.mT @ terms.flatten(2) / (1 + weight.sum(1)).repeat_interleave(9, -1).flatten(1)[:, None]
@@ -323,7 +322,7 @@ def mirrored(told, patch_grid):
     return occupied, cell * cell.new_tensor([-1, 1]), center * center.new_tensor([-1, 1])
 
 
-def apart(told, patch_grid, least=0.7):
+def push_apart(told, patch_grid, least=0.7):
     """Two bodies cannot be in one place -> a Readout's answers in which they are not.
 
     A readout answers with the mean of what may happen. Where a body may fall off another to either side, the means of
@@ -350,7 +349,7 @@ def apart(told, patch_grid, least=0.7):
     return occupied, cell, center
 
 
-def carried(occupied, cell, center, grid, frames, stride=4):
+def splat(occupied, cell, center, grid, frames, stride=4):
     """Where the cells of Readout's answers will be among the tokens -> weight (B, cells, frames, P): how much of a cell
     is in a token, averaged over the `stride` frames of a latent frame; middle (B, cells, frames, P, 8): from the
     token's middle to the body's centre in each of them, in tokens. What lies beyond FUTURE is taken to rest."""
@@ -367,28 +366,44 @@ def carried(occupied, cell, center, grid, frames, stride=4):
     return weight * occupied[..., None, None], torch.stack([x, y], -1).flatten(5).flatten(3, 4)
 
 
-def truth(clips, size, patches):
-    """What a Readout should have said of clips of `size` pixels, T frames, N bodies -> owner (B, 4 L) uint8: which body
-    a cell shows, 0 nobody; path (B, N, FUTURE, 2): where its centre will be, x and y in [-1, 1]. patches: a number a
-    side, or (rows, columns). If the clips do not know, or are not square, which no readout knows, all are 0."""
+def cells(mask, patches):
+    """Which body a cell shows: mask (B, H, W), 0 nobody, -> (B, 2 * patches, 2 * patches) long."""
+    return F.adaptive_max_pool2d(mask[:, None].float(), 2 * patches)[:, 0].long()
+
+
+def owners(mask, patches):
+    """The same in a Readout's order, patch by patch -> (B, L, 4)."""
+    return F.pixel_unshuffle(cells(mask, patches)[:, None].float(), 2).flatten(2).mT.long()
+
+
+def body_means(x, owner, N):
+    """The mean of x (B, cells, ...) over the cells that show a body, owner (B, cells) -> (B, N, ...), 0 if none does;
+    and which cells those are, (B, cells, N)."""
+    mine = F.one_hot(owner.long(), N + 1)[..., 1:].float()
+    return torch.einsum("bcn,bc...->bn...", mine / mine.sum(1, keepdim=True).clamp_min(1), x), mine
+
+
+def true_paths(clips, size, patches):
+    """A Readout's targets: clips of `size` pixels, T frames, N bodies -> owner (B, 4 L) uint8: which body a cell shows,
+    0 nobody; path (B, N, FUTURE, 2): where its centre will be, x and y in [-1, 1]. patches: a number a side, or (rows,
+    columns). If the clips do not know, or are not square, which no readout knows, all are 0."""
     mask = clips["photo_mask"] if "photo_mask" in clips else clips["mask"][:, 0] if "mask" in clips else None
     rows, columns = simdata.sides(patches)
-    if mask is None or not {"position", "camera"} <= clips.keys() or rows != columns:
+    height, width = simdata.sides(size)            # by pixels: of 512 x 544 the patches may be 8 x 8
+    if mask is None or not {"position", "camera"} <= clips.keys() or height != width:
         B = len(clips["video"])
         return torch.zeros(B, 4 * rows * columns, dtype=torch.uint8), torch.zeros(B, 1, FUTURE, 2)
-    uv = simdata.project(clips["position"], clips["camera"])[0] * 2 / size - 1         # (B, T, N, 2)
+    uv = simdata.project(clips["position"], clips["camera"])[0] * 2 / height - 1       # (B, T, N, 2)
     when = torch.arange(1, FUTURE + 1).clamp_max(uv.shape[1] - 1)
-    owner = F.pixel_unshuffle(cells(mask, rows)[:, None].float(), 2).flatten(2).mT.flatten(1).byte()
-    return owner, uv[:, when].transpose(1, 2)
+    return owners(mask, rows).flatten(1).byte(), uv[:, when].transpose(1, 2)
 
 
 def corrected(told, owner, path):
     """The readout's answers with every body's cells moved together, so that their mean is where it really goes (see
-    truth): what a cell says of itself, how unsure it is and how cells differ stays. Cells of nobody (0) stay, too."""
+    true_paths): what a cell says of itself, how unsure it is and how cells differ stays, and so do cells of nobody."""
     occupied, cell, center = told
-    mine = F.one_hot(owner.long(), path.shape[1] + 1)[..., 1:].float()                 # (B, cells, N)
-    off = path - torch.einsum("bcn,bcfx->bnfx", mine / mine.sum(1, keepdim=True).clamp_min(1), center)
-    move = torch.einsum("bcn,bnfx->bcfx", mine, off)
+    mean, mine = body_means(center, owner, path.shape[1])                              # (B, N, FUTURE, 2)
+    move = torch.einsum("bcn,bnfx->bcfx", mine, path - mean)
     return occupied, cell + move, center + move
 
 
@@ -432,8 +447,7 @@ class PhysEncoder(nn.Module):
     forward(image (B, 3, H, W) in [-1, 1] of any size, grid=(gh, gw), frames=0) -> (B, gh * gw, out_dim), row by row,
     and if it foretells (B, (1 + frames) * gh * gw, out_dim), for so many latent frames of 1/4 s. The image is resized
     (config's input_size), and `grid` need not be that of its patches: it is how the DiT's own patches cover a frame,
-    or a coarser one. With `truth`, what the function of that name returns, the readout is put right first: Stage I
-    trains so.
+    or a coarser one. With `true`, what true_paths returns, the readout is put right first: Stage I trains so.
     `features` and `head` can be called apart, for instance to run one backbone pass for a policy and its reference."""
     def __init__(self, config):
         super().__init__()
@@ -441,12 +455,13 @@ class PhysEncoder(nn.Module):
         self.backbone = DINOv2(config).eval().requires_grad_(False)
         self.readout = Readout(config["dim"]).requires_grad_(False) if config.get("foretell") else None
         self.head = PhysicalHead(config)
+        self.trunk = {k for k in self.head.state_dict() if re.match("(projects|resize_layers|scratch)[.]", k)}
 
     def start_head(self, path):
         """Let the head's trunk start from Depth Anything's: a Depth Anything V2 file or folder, official or
         transformers', as wide as the config says, or a depth_head.safetensors of ours. What makes tokens of the trunk's
         map stays random; the convolutions that made depth of it are left out. Raises InputError if the file misfits."""
-        trunk = {k: v for k, v in self.head.state_dict().items() if re.match("(projects|resize_layers|scratch)[.]", k)}
+        trunk = {k: v for k, v in self.head.state_dict().items() if k in self.trunk}
         with common.open_weights(path) as (found, _):
             named = {}
             for key in found:
@@ -469,7 +484,7 @@ class PhysEncoder(nn.Module):
         return self
 
     @torch.no_grad()
-    def features(self, image, truth=None):
+    def features(self, image, true=None):
         """-> (4 x (B, h * w, D), the patch grid (h, w), what is told of cells): the head's arguments before `grid`."""
         image = resize(image, self.config["input_size"], self.backbone.patch)
         features, patch_grid = self.backbone(image)[0], [n // self.backbone.patch for n in image.shape[-2:]]
@@ -478,20 +493,20 @@ class PhysEncoder(nn.Module):
         colour = F.adaptive_avg_pool2d(image, [2 * n for n in patch_grid])             # (B, 3, 2 h, 2 w)
         colour = F.pixel_unshuffle(colour, 2).unflatten(1, (3, 4)).permute(0, 3, 4, 2, 1).flatten(1, 3)
         told = self.readout(features[-1], patch_grid)
-        asked = (truth[0] == 0).all(1) if truth is not None else image.new_ones(len(image), dtype=torch.bool)
-        if asked.any():
+        unknown = (true[0] == 0).all(1) if true is not None else image.new_ones(len(image), dtype=torch.bool)
+        if unknown.any():
             # a mirrored world obeys the same laws: its picture is a second opinion, where the truth is not known
-            other = self.readout(self.backbone(image[asked].flip(-1))[0][-1], patch_grid)
+            other = self.readout(self.backbone(image[unknown].flip(-1))[0][-1], patch_grid)
             other = mirrored(other, patch_grid)
-            other = apart([(a[asked] + b) / 2 for a, b in zip(told, other)], patch_grid)
+            other = push_apart([(a[unknown] + b) / 2 for a, b in zip(told, other)], patch_grid)
             for mine, better in zip(told, other):
-                mine[asked] = better
-        if truth is not None:
-            told = corrected(told, *truth)
+                mine[unknown] = better
+        if true is not None:
+            told = corrected(told, *true)
         return features, patch_grid, (*told, colour)
 
-    def forward(self, image, grid, frames=0, truth=None):
-        return self.head(*self.features(image, truth), grid, frames)
+    def forward(self, image, grid, frames=0, true=None):
+        return self.head(*self.features(image, true), grid, frames)
 
 
 def load_phys_encoder(backbone_path, head_path=None, config=None):
@@ -500,6 +515,9 @@ def load_phys_encoder(backbone_path, head_path=None, config=None):
     The configuration is the one in the files' metadata, updated with `config`: {"out_dim": 768} is enough for files of
     ours, published ones need CONFIGS[name] | {"out_dim": 768}. Raises InputError if that is incomplete or misfits."""
     files = [common.read_config(path) for path in (backbone_path, head_path) if path]
+    if head_path and not {"out_dim", "features"} <= files[-1].keys():
+        raise InputError(f"{head_path} is not a physical head of ours, as its metadata says; expected a "
+                         "head1.safetensors or head3.safetensors")
     merged = {k: v for part in (*files, config or {}) for k, v in part.items()}
     lacking = {*CONFIGS["nano"], "out_dim"} - merged.keys()
     if lacking:
@@ -542,44 +560,43 @@ class Config:
     depth_only: bool = False        # learn depth alone, of every image, as PhysMaster's backbone (Depth Anything's) did
     ema: float = 0.998              # decay of the weight average that is evaluated and shipped
     log_every: int = 25             # steps
-    eval_every: int = 1000          # steps; validation
-    save_every: int = 500           # steps; the state that --resume needs
+    eval_every: int = 1000          # steps between validations and checkpoints
     seed: int = 0                   # data order, augmentation and initial weights
     resume: bool = False            # go on from out/<name>/state.safetensors
     device: str = "auto"            # auto, cuda, mps or cpu
 
 
 PRESETS = {"nano": {}, "gpu": dict(name="encoder_gpu", scenes=60000, steps=1200, batch=1024, lr=8e-3, adam_lr=2e-3,
-                                   warmup=100, eval_every=600, save_every=1200)}
-STATE = 17                                         # numbers before them, see bodies
+                                   warmup=100, eval_every=600)}
+STATE = 17                                         # numbers before them, see body_facts
 MIRROR = torch.ones(STATE + 2 * FUTURE)            # what changes sign in a mirror: u, the moments xy and xz, du
 MIRROR[[0, 5, 6]], MIRROR[STATE::2] = -1, -1
 
 
-def frames(name, n, seed, split, size, start, photo, device="cpu"):
-    """One part of what render gives."""
+def render_part(name, n, seed, split, size, start, photo, device="cpu"):
+    """One part of what render_scenes gives."""
     clips = simdata.make_batch(name, n, seed, split, 1 + FUTURE, size, start=start, filmed=1, photo=photo,
                                antialias=1, device=device)                             # of the film only truth is used
-    return dict(image=((clips["photo"] + 1) * 127.5).round().byte(), depth=clips["depth"][:, 0],
+    return dict(image=common.to_bytes(clips["photo"]), depth=clips["depth"][:, 0],
                 mask=clips["mask"][:, 0], normal=(clips["normal"][:, :, 0] * 127).round().to(torch.int8),
-                body=bodies(clips, size))
+                body=body_facts(clips, size))
 
 
-def render(scenes, scenarios, seed, split, size, photo, device=torch.device("cpu")):
+def render_scenes(scenes, scenarios, seed, split, size, photo, device=torch.device("cpu")):
     """First frames of `scenes` scenes, and what becomes of them. -> dict over N scenes: image (3, photo, photo) uint8;
-    depth (size, size) in metres, mask (size, size) uint8, normal (3, size, size) int8 in 1/127; body: bodies(...)."""
+    depth (size, size) in metres, mask (size, size) uint8, normal (3, size, size) int8 in 1/127, body as body_facts."""
     names = scenarios.split(",")
     counts = [scenes // len(names) + (i < scenes % len(names)) for i in range(len(names))]
     most = 512 * common.scenes_at_once(device)
     tasks = [(name, min(most, n - start), seed, split, size, start, photo, str(device))
              for name, n in zip(names, counts) for start in range(0, n, most)]
-    parts = list(tqdm(common.side_by_side(frames, tasks, device), total=len(tasks), desc=f"rendering {split} scenes"))
+    parts = list(tqdm(common.side_by_side(render_part, tasks, device), f"rendering {split} scenes", len(tasks)))
     widest = max(p["body"].shape[1] for p in parts)                                    # scenarios differ in slots
     parts = [p | {"body": F.pad(p["body"], (0, 0, 0, widest - p["body"].shape[1]))} for p in parts]
     return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
 
 
-def bodies(clips, size):
+def body_facts(clips, size):
     """What the simulator knows of each body and wants to be seen at once -> (B, N, STATE + 2 * FUTURE).
 
     First the state: centre in the picture (in halves of it, from the middle), its z-depth and height, m; second moments
@@ -599,7 +616,7 @@ def bodies(clips, size):
 
 
 def mirror(batch, which):
-    """A mirrored world obeys the same laws: a batch of render's with the scenes `which` (B,) bool flipped."""
+    """A mirrored world obeys the same laws: a batch of render_scenes' with the scenes `which` (B,) bool flipped."""
     flipped = {k: batch[k].flip(-1) for k in ("image", "depth", "mask", "normal")}
     flipped["normal"][:, 0] *= -1
     flipped["body"] = batch["body"] * MIRROR.to(batch["body"].device)
@@ -607,12 +624,11 @@ def mirror(batch, which):
 
 
 def cached(path, rank, resume, device, **what):
-    """render(**what), kept in a file for --resume; rank 0 makes it, the others read it."""
-    made = None
-    if rank == 0 and not (resume and os.path.exists(path) and common.read_config(path) == what):
-        common.save_weights(path, made := render(**what, device=device), what)
-    if dist.is_initialized():
-        dist.barrier()
+    """render_scenes(**what), kept in a file for --resume; rank 0 makes it, the others read it."""
+    made, stamp = None, what | {"world": common.source_hash()}
+    if rank == 0 and not (resume and os.path.exists(path) and common.read_config(path) == stamp):
+        common.save_weights(path, made := render_scenes(**what, device=device), stamp)
+    common.barrier()
     return made or common.read_weights(path)[0]
 
 
@@ -641,28 +657,24 @@ class Pretraining(nn.Module):
         return inverse.float(), normal, body
 
 
-def cells(mask, patches):
-    """Which body a cell belongs to: mask (B, H, W), 0 nobody, -> (B, 2 * patches, 2 * patches) long."""
-    return F.adaptive_max_pool2d(mask[:, None].float(), 2 * patches)[:, 0].long()
-
-
 @torch.no_grad()
 def fit_readout(backbone, scenes, device, most=6000):
-    """The best Readout of a frozen backbone on scenes of `render`, in closed form, for any backbone.
+    """The best Readout of a frozen backbone on scenes of `render_scenes`, in closed form, for any backbone.
 
     Least squares for where bodies are and go, reweighted by 1 / (the path's error + 0.02) so that a median is fitted,
     as the backbone was trained for; Newton's method for whether there is a body (logistic regression)."""
-    cells_a_scene = (scenes["image"].shape[-1] // backbone.patch) ** 2               # in float64 they take gigabytes
-    tokens, some = [], common.spread(len(scenes["image"]), min(most, 400_000 // cells_a_scene))
+    tokens_a_scene = (scenes["image"].shape[-1] // backbone.patch) ** 2              # in float64 they take gigabytes
+    tokens, some = [], common.evenly(len(scenes["image"]), min(most, 400_000 // tokens_a_scene))
+    if len(some) < min(most, len(scenes["image"])):
+        print(f"the readout is fitted to {len(some)} of {len(scenes['image'])} scenes, {tokens_a_scene} tokens each")
     exact = device if device.type == "cuda" else "cpu"                                 # where there is float64
     scenes = {k: scenes[k][some].to(exact) for k in ("image", "mask", "body")}
     for image in scenes["image"].split(64):
         with common.autocast(device):
-            tokens.append(backbone(image.to(device).float() / 127.5 - 1)[0][-1].float().to(exact))
+            tokens.append(backbone(common.from_bytes(image.to(device)))[0][-1].float().to(exact))
     x = torch.cat(tokens)                                                              # (N, L, D)
     x = torch.cat([x, torch.ones_like(x[..., :1])], -1)
-    owner = cells(scenes["mask"], math.isqrt(x.shape[1]))
-    owner = F.pixel_unshuffle(owner[:, None].float(), 2).flatten(2).mT.long()          # (N, L, 4)
+    owner = owners(scenes["mask"], math.isqrt(x.shape[1]))                             # (N, L, 4)
     small = 1e-3 * torch.eye(x.shape[2], dtype=torch.double, device=exact)
     weight = torch.zeros(4, 3 + 2 * FUTURE, x.shape[2], device=exact)
     for j in range(4):
@@ -673,9 +685,10 @@ def fit_readout(backbone, scenes, device, most=6000):
             fit = torch.linalg.solve(a.T @ (w * a) + small, a.T @ (w * want))          # (D + 1, 2 + 2 FUTURE)
             off = (a @ fit - want)[:, 2:].unflatten(1, (FUTURE, 2)).norm(dim=2).mean(1, keepdim=True)
             w = 1 / (off + 0.02)
-        a, there, logit = x.flatten(0, 1).double(), (owner[..., j] > 0).flatten().double(), 0
+        a, there = x.flatten(0, 1).double(), (owner[..., j] > 0).flatten().double()
+        logit = torch.zeros(a.shape[1], dtype=a.dtype, device=a.device)
         for _ in range(12):
-            p = (a @ logit).sigmoid() if torch.is_tensor(logit) else torch.full_like(there, 0.5)
+            p = (a @ logit).sigmoid()
             step = torch.linalg.solve((a.T * (p * (1 - p) + 1e-6)) @ a + small, a.T @ (there - p))
             logit = logit + step
         weight[j] = torch.cat([logit[None], fit.T]).float()
@@ -732,13 +745,12 @@ def predict(model, image, mask, device):
     for each of the M bodies that masks have the mean over its cells (N, M, known), 0 where it is not seen."""
     M, patches = int(mask.max()), image.shape[-1] // model.depth.pretrained.patch
     inverse, normals, told = [], [], []
-    for part, owner in zip(image.split(64), cells(mask, patches).split(64)):
+    for part, owner in zip(image.split(64), cells(mask, patches).flatten(1).split(64)):
         with common.autocast(device):
-            d, normal, body = model(part.to(device).float() / 127.5 - 1)
+            d, normal, body = model(common.from_bytes(part.to(device)))
         inverse.append(F.interpolate(d[:, None], mask.shape[-2:], mode="bilinear")[:, 0].cpu())
         normals.append(normal.cpu())
-        mine = F.one_hot(owner, M + 1)[..., 1:].float()                                # (B, h, w, M)
-        told.append(torch.einsum("bhwm,bhwk->bmk", mine, body.cpu()) / mine.sum((1, 2)).clamp(min=1)[..., None])
+        told.append(body_means(body.flatten(1, 2).cpu(), owner, M)[0])
     return torch.cat(inverse), torch.cat(normals), torch.cat(told)
 
 
@@ -774,7 +786,7 @@ def main():
     cfg = common.parse_config(Config, sys.argv[1:], PRESETS)
     common.check_range(cfg, scenes=(1, 10**7), val_scenes=(1, 10**5), size=(16, 1024), steps=(1, 10**7),
                        batch=(1, 10**5), lr=(0, 1), adam_lr=(0, 1), warmup=(0, 10**6), weight_decay=(0, 1), ema=(0, 1),
-                       log_every=(1, 10**6), eval_every=(1, 10**6), save_every=(1, 10**6))
+                       log_every=(1, 10**6), eval_every=(1, 10**6))
     from model import EMA
     common.check_names("scenarios", cfg.scenarios, simdata.SCENARIOS)
     if cfg.model not in CONFIGS:
@@ -800,7 +812,7 @@ def main():
     what = dict(rank=rank, resume=cfg.resume, device=device, scenarios=cfg.scenarios, seed=cfg.seed, size=cfg.size,
                 photo=photo)
     few = what | dict(device=torch.device("cpu"), scenes=cfg.val_scenes, split="val")
-    val = common.meanwhile(lambda: cached(f"{clips}val.safetensors", **few)) if world == 1 else None
+    val = common.in_background(lambda: cached(f"{clips}val.safetensors", **few)) if world == 1 else None
     train = cached(f"{clips}train.safetensors", scenes=cfg.scenes, split="train", **what)
     val = val.result() if val else cached(f"{clips}val.safetensors", **few)
 
@@ -812,10 +824,8 @@ def main():
         common.save_weights(path, readout, {"dim": config["dim"], "backbone": common.fingerprint(backbone)})
         encoder, error = load_phys_encoder(out, config={"out_dim": 1, "foretell": True}).to(device), []
         for image, mask, body in zip(*(val[k].split(64) for k in ("image", "mask", "body"))):
-            center = encoder.features(image.to(device).float() / 127.5 - 1)[2][2].cpu()  # (B, 4 L, FUTURE, 2)
-            owner = F.pixel_unshuffle(cells(mask, patches)[:, None].float(), 2).flatten(2).mT.flatten(1)  # (B, 4 L)
-            mine = F.one_hot(owner.long(), body.shape[1] + 1)[..., 1:].float()
-            center = torch.einsum("bcm,bcfx->bmfx", mine, center) / mine.sum(1).clamp(min=1)[..., None, None]
+            center = encoder.features(common.from_bytes(image.to(device)))[2][2].cpu()  # (B, 4 L, FUTURE, 2)
+            center, _ = body_means(center, owners(mask, patches).flatten(1), body.shape[1])
             move = (center - body[:, :, None, :2]).flatten(2)
             error.append(path_l2(torch.cat([body[..., :STATE], move], -1), body))
         print(f"wrote {path}: foretold centres off by {torch.cat(error).nanmean():.4f} of the diagonal on val scenes")
@@ -823,8 +833,6 @@ def main():
     if cfg.backbone:
         if rank == 0:
             save_readout()
-        if dist.is_initialized():
-            dist.destroy_process_group()
         return
     common.seed_everything(cfg.seed)
     model = Pretraining(config, cfg.size // patches, 1 if cfg.depth_only else 8).to(device)
@@ -849,7 +857,7 @@ def main():
     blind = torch.where(train["depth"] > 0, 1 / train["depth"], 0).mean(0).expand_as(val["depth"])
     baseline = abs_rel(blind, val["depth"], val["mask"]).nanmean(0)
 
-    some = common.spread(len(train["image"]), cfg.val_scenes)
+    some = common.evenly(len(train["image"]), cfg.val_scenes)
     known = {k: v[some] for k, v in train.items()}                                     # how much is learned by heart
 
     def evaluate(step):
@@ -876,7 +884,7 @@ def main():
         pick = torch.linspace(0, len(told) - 1, 8).long()
         draw(f"{folder}/val.png", {k: v[pick] for k, v in val.items()}, inverse[pick], normal[pick], told[pick])
 
-    train = common.at_hand(train, device)
+    train = common.to_device_if_it_fits(train, device)
     progress = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, desc="pretraining", disable=rank > 0)
     for step in progress:
         # every draw is a function of the step, for the global batch; each rank takes its slice of it
@@ -885,7 +893,7 @@ def main():
         flip = torch.rand(cfg.batch, generator=g)[rank::world] < 0.5
         gain, bias = (0.2 * torch.rand(2, cfg.batch, 3, 1, 1, generator=g) - 0.1)[:, rank::world]
         b = mirror({k: v[index.to(v.device)].to(device) for k, v in train.items()}, flip.to(device))
-        image = ((b["image"].float() / 127.5 - 1) * (1 + gain.to(device)) + bias.to(device)).clamp(-1, 1)
+        image = (common.from_bytes(b["image"]) * (1 + gain.to(device)) + bias.to(device)).clamp(-1, 1)
         depth, mask, normal, body = *(b[k] for k in ("depth", "mask", "normal")), standard(b["body"])
 
         scale = min((step + 1) / (cfg.warmup + 1), 0.01 + 0.495 * (1 + math.cos(math.pi * step / cfg.steps)))
@@ -906,6 +914,7 @@ def main():
         loss_state = some((told - body)[:, :STATE].abs())
         loss_path = some(((told - body)[:, STATE:].unflatten(1, (FUTURE, 2)).square().sum(2) + 1e-4).sqrt())
         rest = loss_path + 0.5 * loss_normal + 0.5 * loss_state
+        # 0 * rest: DDP wants a gradient for every parameter
         loss = loss_depth + 0 * rest if cfg.depth_only else rest + 0.2 * loss_depth
         model.zero_grad(set_to_none=True)
         loss.backward()
@@ -921,14 +930,14 @@ def main():
                 named = dict(zip(("loss", "path", "normal", "state", "depth"), terms))
                 common.log_line(log, {"step": step, **named, "lr": cfg.lr * scale, "grad_norm": norm.item()})
                 progress.set_postfix({k: f"{v:.3f}" for k, v in named.items()})
-        done, stopped = step + 1, stop.agreed(device)
-        if done % cfg.save_every == 0 or done == cfg.steps or stopped:
-            if rank == 0:
-                common.save_state(state, done, parts, *optimizers)
+        done, ending = step + 1, stop.agreed(device)
+        if done % cfg.eval_every == 0 or done == cfg.steps or ending:
+            common.save_state(state, done, parts, *optimizers)
         if done % cfg.eval_every == 0 or done == cfg.steps:
             evaluate(step)
-        if stopped:
-            print(f"stopped after step {step}; --resume=True goes on")
+        if ending:
+            if rank == 0:
+                print(f"stopped after {done} steps; go on with --resume=True")
             break
     else:
         if rank == 0:
@@ -936,8 +945,6 @@ def main():
             common.save_weights(out, model.depth.pretrained, config, torch.bfloat16)
             common.save_weights(f"{folder}/depth_head.safetensors", model.depth.depth_head, config)
             save_readout()
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -22,14 +22,13 @@ import sys
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
 import common
 import sample
 import simdata
-from encoder import truth
+from encoder import true_paths
 from model import SOLVERS
 
 
@@ -97,33 +96,20 @@ def pisa(pred, true):
     "l2" is mean(|dx|, |dy|) over sqrt(2) H and skips frames in which either mask is empty (NaN if all are); chamfer is
     the sum of both mean nearest distances over sqrt(2) H, skipped likewise; iou counts 1 where both are empty.
     Masks (K, T, H, W) of many bodies give tensors (K,)."""
-    if pred.dim() == 3:
-        return {k: v.item() for k, v in pisa(pred[None], true[None]).items()}
-    K, T, H, W = pred.shape
-    scale = math.sqrt(2) * H
-    both = pred.flatten(2).any(2) & true.flatten(2).any(2)                                          # (K, T)
-    moved, chamfer = torch.zeros(2, K, T, device=pred.device)
-    (p, p_some), (t, t_some) = _points(pred[both]), _points(true[both])
-    mean = lambda x, some: (x * some).sum(1) / some.sum(1)
-    moved[both] = (mean(p, p_some[..., None]) - mean(t, t_some[..., None])).abs().mean(1) / scale
-    part, nearest = max(1, 2**24 // max(1, p.shape[1] * t.shape[1])), []             # 64 MB of distances at a time
-    for p, t, *some in zip(*(x.split(part) for x in (p, t, p_some, t_some))) if both.any() else ():
-        far = torch.cdist(p, t, compute_mode="donot_use_mm_for_euclid_dist")                        # (F, P, P')
-        far = [far.masked_fill(~some[1 - i].unsqueeze(1 + i), torch.inf).amin(2 - i) for i in (0, 1)]
-        nearest.append(sum(mean(far[i].masked_fill(~some[i], 0), some[i]) for i in (0, 1)))
-    chamfer[both] = torch.cat(nearest) / scale if nearest else 0.0
-    union = (pred | true).flatten(2).sum(2)
-    iou = torch.where(union > 0, (pred & true).flatten(2).sum(2) / union.clamp_min(1), 1.0)
-    l2, chamfer = (x.masked_fill(~both, torch.nan).nanmean(1) for x in (moved, chamfer))
-    return dict(l2=l2, chamfer=chamfer, iou=iou.mean(1))
-
-
-def _points(masks):
-    """Masks (F, H, W) -> the places (F, P, 2), row and column, of as many pixels as the largest has, and which of them
-    are in the mask (F, P)."""
-    W, most = masks.shape[2], int(masks.flatten(1).sum(1).max()) if len(masks) else 0
-    some, place = masks.flatten(1).byte().topk(most, 1)
-    return torch.stack([place // W, place % W], -1).float(), some > 0
+    if pred.dim() == 4:
+        bodies = [pisa(p, t) for p, t in zip(pred, true)]
+        return {k: torch.tensor([body[k] for body in bodies]) for k in ("l2", "chamfer", "iou")}
+    scale, l2, chamfer = math.sqrt(2) * pred.shape[1], [], []
+    for p, t in zip(pred, true):
+        p, t = p.nonzero().float(), t.nonzero().float()                                             # (P, 2), (P', 2)
+        if len(p) and len(t):
+            far = torch.cdist(p, t, compute_mode="donot_use_mm_for_euclid_dist")                    # (P, P')
+            l2.append((p.mean(0) - t.mean(0)).abs().mean() / scale)
+            chamfer.append((far.amin(1).mean() + far.amin(0).mean()) / scale)
+    union, both = (x.flatten(1).sum(1) for x in (pred | true, pred & true))                       # (T,)
+    iou = torch.where(union > 0, both / union.clamp_min(1), 1.0).mean().item()
+    mean = lambda x: torch.stack(x).mean().item() if x else math.nan
+    return dict(l2=mean(l2), chamfer=mean(chamfer), iou=iou)
 
 
 def _motion(video):
@@ -225,6 +211,50 @@ def found_laws(c, c_true, counts, flight, batch, fps):
     return dict(g_ratio=spread(g_ratio), restitution_error=spread(rebound), contact_time_error=spread(contact))
 
 
+def collision_laws(c, c_true, batch):
+    """What a clip's first collision of two bodies keeps -> {momentum_error, energy_error: (B,)}, NaN without one.
+
+    Momentum along the picture's width and kinetic energy in its plane, from centres (B, T, N, 2) in px/frame and true
+    masses, over the three steps before the contact and the three after it; how much the found change differs from the
+    true one (friction, gravity and perspective change them, too), over the momentum of both (or energy) before."""
+    B, T, N, _ = c.shape
+    out = {k: torch.full((B,), torch.nan, device=c.device) for k in ("momentum_error", "energy_error")}
+    pushed = batch["impulse"][..., :N] * batch["falls"][:, None, :, None] * batch["falls"][:, None, None]
+    speed = (c_true[:, 1:] - c_true[:, :-1]).nan_to_num()                            # (B, T-1, N, 2)
+    for b, t in (pushed > 0).flatten(2).any(2).nonzero().tolist():
+        if not 4 <= t < T - 3 or out["momentum_error"][b].isfinite():
+            continue
+        i, j = divmod(pushed[b, t].argmax().item(), N)
+        if (speed[b, t - 4:t - 1, i] - speed[b, t - 4:t - 1, j]).mean(0).norm() < 0.5:              # they only touch
+            continue
+        pair, mass = [i, j], batch["mass"][b, [i, j], None]                          # (2, 1)
+
+        def change(c):                             # from t - 4 .. t - 1 to t .. t + 3
+            before, after = ((c[b, s + 3, pair] - c[b, s, pair]) / 3 for s in (t - 4, t))           # (2, 2) px/frame
+            kinetic = lambda v: 0.5 * (mass * v.square()).sum()
+            scale = (mass[:, 0] * before.norm(dim=1)).sum(), kinetic(before)
+            return (mass * (after - before))[:, 0].sum(), kinetic(after) - kinetic(before), *scale
+        (p, e, _, _), (p_true, e_true, p_scale, e_scale) = change(c), change(c_true)
+        if not (p_true + e_true).isfinite() or min(p_scale, e_scale) == 0:           # out of view
+            continue
+        lost = not (p + e).isfinite()              # a body that is gone has taken along all it had
+        out["momentum_error"][b] = 1.0 if lost else (p - p_true).abs() / p_scale
+        out["energy_error"][b] = 1.0 if lost else (e - e_true).abs() / e_scale
+    return out
+
+
+def penetration(c, c_true, radius, counts):
+    """How far bodies are inside each other -> (B,): of pairs that are judged, the share of both radii by which found
+    centres come closer than 0.7 of them, or than in the truth if that is less. radius (B, N) px, apparent."""
+    N = c.shape[2]
+    i, j = torch.triu_indices(N, N, 1, device=c.device)
+    both, far, far_true = radius[:, None, i] + radius[:, None, j], *((x[:, :, i] - x[:, :, j]).norm(dim=-1)
+                                                                    for x in (c, c_true))           # (B, T, pairs)
+    inside = (torch.minimum(0.7 * both, far_true) - far).clamp_min(0) / both
+    inside = inside.masked_fill(~(counts[:, :, i] & counts[:, :, j]), torch.nan)
+    return inside.flatten(1).nanmean(1)
+
+
 def tracks(video, batch):
     """Where bodies are and should be. -> found, true masks (B, T, N, H, W) bool, their centres (B, T, N, 2) in pixels,
     and counts (B, T, N): the dropped bodies' frames that are judged.
@@ -280,8 +310,8 @@ def measure(video, batch, fps=16, detail=True):
     # PISA's, per dropped body, then averaged over the clip's; all bodies' pixels for parser IoU
     clip, body = batch["falls"].nonzero().unbind(1)
     for name, value in pisa(found[clip, :, body], true[clip, :, body]).items():
-        each = torch.full((B, N), torch.nan, device=value.device)
-        each[clip, body] = value
+        each = torch.full((B, N), torch.nan, device=c.device)
+        each[clip, body] = value.to(c.device)
         out[f"pisa_{name}"] = each.nanmean(1)
     union = (found | true).sum((-2, -1))
     seen = (true_area >= 0.5 * true_area.amax(1, keepdim=True).clamp_min(8)) & batch["alive"][:, None]
@@ -289,6 +319,9 @@ def measure(video, batch, fps=16, detail=True):
 
     if when:
         out |= found_laws(c, c_true, counts, when["flight"], batch, fps)
+    if {"impulse", "mass"} <= batch.keys():
+        out |= collision_laws(c, c_true, batch)
+    out["penetration"] = penetration(c, c_true, (true_area[:, 0] / math.pi).sqrt(), counts)
 
     # permanence, over the frames in which the truth shows the body
     ratio = area / true_area.clamp_min(1)
@@ -332,23 +365,26 @@ def interval(values, statistic=None, draws=1000):
     return dict(mean=statistic(values[None])[0].item(), low=low.item(), high=high.item(), n=len(values))
 
 
-def looked_at(scenario, count, form):
-    """Val scenes that trainings look at again and again: of a make_batch dict what `outcome` needs, and eight films."""
+def val_clips(scenario, count, form, films):
+    """Val scenes that trainings look at again and again: of a make_batch dict what `outcome` needs, and some films."""
     batch = simdata.make_batch(scenario, count, 0, "val", **form)
-    film = ((batch["video"][:8].clamp(-1, 1) + 1) * 127.5).round().byte()
     return {k: batch[k] for k in ("photo", "mask", "alive", "falls", "caption")} | dict(
-        video=batch["video"][:, :, :1].clone(), film=film)
+        video=batch["video"][:, :, :1].clone(), film=common.to_bytes(batch["video"][:films]))
+
+
+def val_parts(names, clips, most):
+    """`clips` val scenes in parts of at most `most`, the scenarios taking turns, so that each has its share -> [(the
+    first one's number, scenario, its number among the scenario's, how many)]."""
+    K = len(names)
+    most = min(most, max(1, clips // K))
+    return [(i, names[i // most % K], i // most // K * most, min(most, clips - i)) for i in range(0, clips, most)]
 
 
 def val_scenes(names, clips, most, rank, world, form):
-    """`clips` val scenes in parts of at most `most`, the scenarios taking turns, so that each has its share -> this
-    rank's [(number, looked_at's dict)]."""
-    K = len(names)
-    most = min(most, max(1, clips // K))
-    mine = range(0, clips, most)[rank::world]
-    # of a scenario's scenes a part begins with number i // most // K * most
-    tasks = [(names[i // most % K], min(most, clips - i), form | dict(start=i // most // K * most)) for i in mine]
-    return list(zip(mine, common.side_by_side(looked_at, tasks)))
+    """This rank's parts -> [(the first one's number, val_clips' dict)]; films are of two clips of each scenario."""
+    mine = [(n, part) for n, part in enumerate(val_parts(names, clips, most))][rank::world]
+    tasks = [(name, count, form | dict(start=start), 2 * (n < len(names))) for n, (_, name, start, count) in mine]
+    return [(part[0], made) for (_, part), made in zip(mine, common.side_by_side(val_clips, tasks))]
 
 
 def val_captions(names, clips):
@@ -359,17 +395,16 @@ def val_captions(names, clips):
 @torch.no_grad()
 def outcome(models, scenes, device, **how):
     """Mean traj_l2 on val_scenes, over all ranks, with the same noise each time; and truth and sample in turn, as uint8
-    videos. how: options of sample.generate."""
+    videos, of the scenes with films. how: options of sample.generate."""
     total, shown = torch.zeros(2, device=device), []
     for start, batch in scenes:
-        batch = common.each(batch, lambda v: v.to(device))
+        batch = common.tree_map(batch, lambda v: v.to(device))
         video = sample.generate(models, batch["video"][:, :, 0], batch["caption"],
                                 [("val", start + i) for i in range(len(batch["video"]))], batch["mask"].shape[1],
                                 photo=batch["photo"], **how)
         error = measure(video, batch, detail=False)["traj_l2"]
         total += torch.stack([error.nansum(), error.isfinite().sum()])
-        if len(shown) < 16:
-            shown += [common.to_uint8(v) for pair in zip(batch["film"].float() / 127.5 - 1, video) for v in pair]
+        shown += [common.to_uint8(v) for pair in zip(common.from_bytes(batch["film"]), video) for v in pair]
     error, count = common.average(total, device).tolist()
     return error / count, shown
 
@@ -384,7 +419,7 @@ def reference_rows(batch, again, vae, device):
     """Videos that say what a number means: {row: video (B, 3, T, H, W)}. again: the jittered batch, None if unknown."""
     video = batch["video"]
     with common.autocast(device):
-        chunk = 0 if max(video.shape[3:]) <= sample.SMALL else 2
+        chunk = 0 if sample.small(*video.shape[3:]) else 2
         recon = vae.decode(vae.encode(video, chunk), chunk)
     jittered = {"jittered truth": again["video"]} if again else {}
     return {"truth re-parsed": video, "VAE round trip": recon, **jittered,
@@ -394,7 +429,7 @@ def reference_rows(batch, again, vae, device):
 
 # what the judge and the reference rows need of a make_batch dict
 NEEDED = ("video", "photo", "photo_mask", "mask", "alive", "falls", "position", "velocity", "angular_velocity",
-          "gravity", "camera", "caption")
+          "impulse", "mass", "gravity", "camera", "caption")
 
 
 def scenes(scenario, count, where, photo, jittered):
@@ -404,16 +439,17 @@ def scenes(scenario, count, where, photo, jittered):
     return dict(batch={k: batch[k] for k in NEEDED}, again={k: again[k] for k in ("video",) if again})
 
 
-def photo_size(encoder, size):
-    """How large the encoder's picture of clips of that size is: its shorter side has as many pixels as it looks at."""
-    return simdata.scaled(size, encoder.config["input_size"] if encoder is not None else simdata.PHOTO)
+def photo_size(size, *encoders):
+    """How large the encoders' picture of clips of that size is: its shorter side has as many pixels as they look at."""
+    looks = [encoder.config["input_size"] for encoder in encoders if encoder is not None]
+    return simdata.scaled(size, max(looks, default=simdata.PHOTO))
 
 
 def film(places, models, split, chunk, jittered, form):
     """This rank's chunks of all scenes of `places`, each (n, seed, unseen, scenario), one after the other: an iterator
-    over what `scenes` gives, made side by side."""
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    photo = photo_size(models.encoder, form["size"])
+    over what `scenes` gives, made side by side. models: all that will look."""
+    rank = common.rank()
+    photo = photo_size(form["size"], *(m.encoder for m in models))
     return common.side_by_side(scenes, [
         (scenario, min(chunk, n - start), form | dict(seed=seed, split=split, start=start, unseen=unseen), photo,
          jittered) for n, seed, unseen, scenario in places for start in range(0, n, chunk)[rank::common.ranks()]])
@@ -437,14 +473,14 @@ def evaluate(models, split, n, seed=0, unseen=False, scenario="drop", best_of=1,
     form, how = dict(size=size, frames=frames, fps=fps), dict(cfg=cfg, solver=solver, temperature=temperature)
     height, width = simdata.sides(size)
     foretells = first.encoder is not None and first.encoder.readout is not None and height == width
-    rank = dist.get_rank() if dist.is_initialized() else 0
+    rank = common.rank()
     starts = range(0, n, chunk)[rank::common.ranks()]
     if clips:
         films = ({"batch": clips.read(start, min(chunk, n - start))} for start in starts)
     elif films is None:
-        films = film([(n, seed, unseen, scenario)], first, split, chunk, references, form)
+        films = film([(n, seed, unseen, scenario)], models.values(), split, chunk, references, form)
     for start in tqdm(starts, desc=f"{split}, {'unseen' if unseen else 'seen'}", disable=rank > 0):
-        filmed = common.each(next(films), lambda v: v.to(device))
+        filmed = common.tree_map(next(films), lambda v: v.to(device))
         batch, again, videos = filmed["batch"], filmed.get("again"), {}
         count = len(batch.get("caption", ()))      # broken clips may be left out
         if not count:
@@ -459,13 +495,13 @@ def evaluate(models, split, n, seed=0, unseen=False, scenario="drop", best_of=1,
                                                  **how) for key in keys])
             videos[name] = draws[0]
             if references and m is first and foretells and {"position", "camera"} <= batch.keys():
-                told = truth(batch, size, photo.shape[-1] // m.encoder.backbone.patch)
+                true = true_paths(batch, size, m.encoder.config["input_size"] // m.encoder.backbone.patch)
                 videos[f"{name}, told the truth"] = sample.generate(
-                    m, image, batch["caption"], keys[0], frames, steps, shift, photo=photo, truth=told, **how)
+                    m, image, batch["caption"], keys[0], frames, steps, shift, photo=photo, true=true, **how)
             if best_of > 1:
                 error = torch.stack([measure(v, batch, fps, detail=False)["traj_l2"].nan_to_num(1) for v in draws])
                 videos[f"{name}, oracle best of {best_of}"] = draws[error.argmin(0), torch.arange(count, device=device)]
-        parts[start] = common.each({row: measure(video, batch, fps) for row, video in videos.items()},
+        parts[start] = common.tree_map({row: measure(video, batch, fps) for row, video in videos.items()},
                                    lambda v: v.cpu())
     parts = dict(sorted((start, part) for share in common.gather(parts) for start, part in share.items()))
     rows = next(iter(parts.values()), {})
@@ -474,8 +510,9 @@ def evaluate(models, split, n, seed=0, unseen=False, scenario="drop", best_of=1,
 
 COLUMNS = ("traj_l2", "traj_l2_flight", "traj_l2_contact", "pisa_l2", "pisa_chamfer", "pisa_iou", "g_ratio",
            "velocity_error", "vanish", "freeze", "psnr")
-LAWS = ("velocity_error_before_contact", "velocity_error_after_contact", "g_ratio", "restitution_error", "iou_visible",
-        "area_kept", "vanish", "duplicate", "freeze", "sharpness")
+LAWS = ("pisa_l2", "pisa_chamfer", "pisa_iou", "velocity_error_before_contact", "velocity_error_after_contact",
+        "g_ratio", "restitution_error", "contact_time_error", "momentum_error", "energy_error", "penetration",
+        "iou_visible", "area_kept", "vanish", "duplicate", "freeze", "sharpness")
 
 
 def table(result, columns=COLUMNS):
@@ -575,6 +612,8 @@ def table_one(cfg, places, options, device, rank):
             models, weights = None, made.get("weights")
             if os.path.exists(f"{place}/{ENDS[stage]}.safetensors"):
                 models = sample.load_models(place, stage, device=device)
+                common.check_sides(cfg, ("height", "width"), 2 * models.vae.stride)
+                sample.check_foretelling(models.encoder, cfg)
                 weights = common.fingerprint(models.dit, models.encoder)
             elif not flat:
                 continue
@@ -599,10 +638,10 @@ def table_one(cfg, places, options, device, rank):
         start = f"{run.partition(': ')[2]}|{place}|"
         return {key.removeprefix(start): v for key, v in runs[run][3].items() if key.startswith(start)}
     todo = [place for place in places if new(place, 1) or new(place, 4)]
-    films = todo and film([places[place] for place in todo], [*new(todo[0], 1).values(), *new(todo[0], 4).values()][0],
-                          cfg.split, cfg.chunk, True, {k: options[k] for k in ("size", "frames", "fps")})
+    films = todo and film([places[place] for place in todo], [models for models, *_ in runs.values() if models],
+                          cfg.split, options["chunk"], True, {k: options[k] for k in ("size", "frames", "fps")})
     for place in todo:                             # all that is new shares the truth, which costs as much as a sample
-        mine = [next(films) for _ in range(0, places[place][0], cfg.chunk)[rank::common.ranks()]]
+        mine = [next(films) for _ in range(0, places[place][0], options["chunk"])[rank::common.ranks()]]
         for best_of in (4, 1):
             rows, draw = new(place, best_of), {}
             known = {stamp["weights"]: own(run, place) for run, (_, _, stamp, _) in runs.items() if own(run, place)}
@@ -728,10 +767,9 @@ def shared(cfg):
 
 
 def captions(cfg):
-    """Of all clips that a run judges on."""
+    """Of all clips that a run judges on; data/embed_text.py asks, too."""
     if cfg.clips:
-        lines = simdata.Clips(cfg.clips, common.clip_size(cfg), cfg.frames, cfg.fps, cfg.skip_broken).lines
-        return [str(line.get("caption", "")) for line in lines]
+        return simdata.Clips(cfg.clips, common.clip_size(cfg), cfg.frames, cfg.fps, cfg.skip_broken).captions
     return [c for unseen in (False, True) for name, n in shared(cfg).items() if n for c in simdata.captions(
         simdata.make_scene(name, n, cfg.seed, cfg.split, unseen=unseen)[0])]
 
@@ -746,9 +784,7 @@ def main():
     names = list(shares)
     if cfg.json:
         common.check_writable(cfg.json)
-    common.check_names("solver", cfg.solver, SOLVERS)
-    if cfg.split not in ("val", "test"):
-        raise common.InputError(f"--split={cfg.split}: expected val or test")
+    common.check_choice(cfg, solver=SOLVERS, split=("val", "test"))
     if not set(cfg.stages.split(",")) <= {"1", "2", "3"}:
         raise common.InputError(f"--stages={cfg.stages}: expected some of 1,2,3, separated by commas")
     if cfg.clips:
@@ -769,21 +805,24 @@ def main():
         more[name] = at, stage if stage == "head" else int(stage)
     device, rank, _ = common.setup(cfg.device)
     size = common.clip_size(cfg)
-    options = dict(best_of=cfg.best_of, references=cfg.references, chunk=cfg.chunk, steps=cfg.steps, shift=cfg.shift,
-                   cfg=cfg.cfg, solver=cfg.solver, temperature=cfg.temperature, size=size, frames=cfg.frames,
-                   fps=cfg.fps)
-
+    options = dict(best_of=cfg.best_of, references=cfg.references, steps=cfg.steps, shift=cfg.shift, cfg=cfg.cfg,
+                   solver=cfg.solver, temperature=cfg.temperature, size=size, frames=cfg.frames, fps=cfg.fps,
+                   chunk=cfg.chunk if sample.small(cfg.height, cfg.width) else 1)   # large ones take gigabytes each
     places = {f"{name}, {split}": (n, cfg.seed, split == "unseen", name)
               for split in ("seen", "unseen") for name, n in shares.items() if n}
 
     if cfg.table:
         result = table_one(cfg, places, options, device, rank)
         if rank == 0:
-            print(brief(result), table({row: {k: splits[k] for k in ("seen", "unseen") if k in splits}
+            print(brief(result), table({row: {k: splits[k] for k in ("seen", "unseen", "average") if k in splits}
                                         for row, splits in result.items() if not row.endswith("of the gap")}, LAWS),
                   sep="\n\n")
         finish(cfg, result, rank)
         return
+    reads, text = common.read_config(cfg.ckpt or f"{cfg.data}/dit.safetensors"), None
+    if reads.get("text") == "features":            # before the DiT takes the memory
+        text = sample.text_features(cfg.text_emb or f"{cfg.data}/captions.safetensors", captions(cfg),
+                                    reads["text_dim"], cfg.data, device)
     models = {f"Stage {'I' * int(s)}": sample.load_models(cfg.data, int(s), cfg.ckpt, cfg.head, device)
               for s in cfg.stages.split(",")}
     models |= {name: sample.load_models(*place, device=device) for name, place in more.items()}
@@ -791,21 +830,17 @@ def main():
     common.check_sides(cfg, ("height", "width"), 2 * first.vae.stride)
     for m in models.values():
         sample.check_foretelling(m.encoder, cfg)
-    if first.dit.config["text"] == "features":
-        text = sample.text_features(cfg.text_emb or f"{cfg.data}/captions.safetensors", captions(cfg),
-                                    first.dit.config["text_dim"], cfg.data, device)
-        for m in models.values():
-            m.text = text
+        m.text = text
     if cfg.clips:
-        folder.photo = photo_size(first.encoder, size)
+        folder.photo = photo_size(size, *(m.encoder for m in models.values()))
         per_row = {cfg.clips: evaluate(models, cfg.split, min(cfg.n, len(folder)), cfg.seed, clips=folder, **options)}
-        broken = sum(common.gather(folder.broken), [])
+        broken = list(dict.fromkeys(sum(common.gather(folder.broken), [])))              # some every rank has found
         if broken and rank == 0:
             print(f"left out {len(broken)} broken clips: " + "; ".join(broken))
         if not per_row[cfg.clips]:
             raise common.InputError(f"--clips={cfg.clips}: no clip could be read")
     else:
-        films = film([*places.values()], first, cfg.split, cfg.chunk, cfg.references,
+        films = film([*places.values()], models.values(), cfg.split, options["chunk"], cfg.references,
                      dict(size=size, frames=cfg.frames, fps=cfg.fps))
         each = {place: evaluate(models, cfg.split, *args, **options, films=films) for place, args in places.items()}
         rows = next(iter(each.values()))
@@ -833,8 +868,6 @@ def finish(cfg, result, rank):
     if cfg.json and rank == 0:
         with common.atomic(cfg.json) as tmp, open(tmp, "w") as f:
             json.dump(result, f, indent=1)
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -104,18 +104,27 @@ def physical_grid(count, h, w):
 # ----------------------------------------------------------------------------------------------------------------------
 # the network. Under autocast the matrix products run in bf16; norms, modulation and the residual stream stay in fp32.
 
+class RMSNorm(nn.RMSNorm):
+    def forward(self, x):
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    def forward(self, x):
+        return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
+
+
 class Attention(nn.Module):
     """Multi-head attention; queries and keys are RMS-normalised over the full width before the heads are split."""
     def __init__(self, dim, heads):
         super().__init__()
         self.heads = heads
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
-        self.norm_q, self.norm_k = nn.RMSNorm(dim, EPS), nn.RMSNorm(dim, EPS)
+        self.norm_q, self.norm_k = RMSNorm(dim, EPS), RMSNorm(dim, EPS)
 
     def forward(self, x, context, rotary=None):
-        q = F.rms_norm(self.q(x).float(), x.shape[-1:], self.norm_q.weight.float(), EPS).unflatten(-1, (self.heads, -1))
-        k = F.rms_norm(self.k(context).float(), x.shape[-1:], self.norm_k.weight.float(), EPS)
-        k, v = (y.unflatten(-1, (self.heads, -1)) for y in (k, self.v(context)))                    # (B, L, N, d)
+        q, k, v = self.norm_q(self.q(x)), self.norm_k(self.k(context)), self.v(context)
+        q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in (q, k, v))                            # (B, L, N, d)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))                                            # (B, N, L, d)
@@ -126,7 +135,7 @@ class Block(nn.Module):
     def __init__(self, dim, ffn_dim, heads):
         super().__init__()
         self.self_attn, self.cross_attn = Attention(dim, heads), Attention(dim, heads)
-        self.norm3 = nn.LayerNorm(dim, EPS)        # the only norm with weights: cross-attention is not modulated
+        self.norm3 = LayerNorm(dim, EPS)           # the only norm with weights: cross-attention is not modulated
         self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU("tanh"), nn.Linear(ffn_dim, dim))
         self.modulation = nn.Parameter(torch.empty(1, 6, dim))
 
@@ -138,8 +147,7 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(2)                         # 6 x (B, G, 1, D)
         y = flat(torch.addcmul(shift1, norm(x), 1 + scale1))
         x = torch.addcmul(x, groups(self.self_attn(y, y, rotary).float()), gate1)
-        y = F.layer_norm(x, x.shape[-1:], self.norm3.weight.float(), self.norm3.bias.float(), EPS)
-        x = x + groups(self.cross_attn(flat(y), text))
+        x = x + groups(self.cross_attn(flat(self.norm3(x)), text))
         y = torch.addcmul(shift2, norm(x), 1 + scale2)
         return torch.addcmul(x, self.ffn(y).float(), gate2)
 
@@ -269,21 +277,22 @@ class VideoDiT(nn.Module):
         x (B, C, k, H, W): noisy latent frames 1..k (all frames, if there is no image); t (B,) in [0, 1]
         text: features (B, <= text_len, text_dim), or bytes_to_tokens (B, 128)
         image (B, C, 1, H, W): clean latent frame 0
-        phys (B, P, D): physical tokens, row by row a grid with the frame's aspect ratio
+        phys (B, P, D): physical tokens of frame 0, row by row a grid with the frame's aspect ratio; or h w of them and
+        then k h w that are added to the video tokens, where h, w = H / 2, W / 2
         -> v (B, out_dim, k, H, W) float32, for x only. Raises InputError when a shape does not fit."""
         self.check(x, t, text, image, phys)
         B, _, k, H, W = x.shape
         h, w = H // 2, W // 2
 
         # the sequence; the residual stream is fp32 from here to the head
-        tokens = [self.patchify(x if image is None else torch.cat([image, x], 2)).float()]
+        video = self.patchify(x).float()                                                            # (B, k h w, D)
+        tokens = [] if image is None else [self.patchify(image).float()]                            # (B, h w, D)
         if phys is not None:
-            first, video = tokens[0].split([h * w * (image is not None), k * h * w], 1)
             if phys.shape[1] == (1 + k) * h * w:   # what is foretold of a place joins the token of that place
                 phys, foretold = phys.split([h * w, k * h * w], 1)
                 video = video + foretold.float()
-            tokens = [first, phys.float() + self.phys_type, video]
-        z = torch.cat(tokens, 1)                                                                    # (B, L, D)
+            tokens.append(phys.float() + self.phys_type)                                            # (B, P, D)
+        z = torch.cat([*tokens, video], 1)                                                          # (B, L, D)
         clean = z.shape[1] - k * h * w             # how many tokens, from the left, have t = 0
         grid = None if phys is None else physical_grid(phys.shape[1], h, w)
         rotary = rotary_table(z.shape[2] // self.config["num_heads"], k, h, w, int(image is not None), grid, z.device)
@@ -298,7 +307,7 @@ class VideoDiT(nn.Module):
             time = self.time_embedding(sinusoid(times, self.config["freq_dim"]).to(self.time_embedding[0].weight.dtype))
             rows = self.time_projection(time).unflatten(-1, (6, -1)).float()                        # (B, R, 6, D)
         # Tokens in groups as large as can be that share a time: what the time says then broadcasts, and need not be
-        # written out for every token.
+        # written out for every token. For 32 clean and 96 noisy tokens: four groups of 32, the first at t = 0.
         size = math.gcd(clean, z.shape[1])                                                          # g
         z = z.unflatten(1, (-1, size))                                                              # (B, G, g, D)
         if clean:
@@ -357,8 +366,28 @@ def flow_loss(model, x0, text, image, phys, t, eps, weight=1.0):
     return (weight * (v.float() - (eps - x0)).square()).mean((1, 2, 3, 4))
 
 
-SOLVERS = ("ab2", "euler", "unipc")
 TOGETHER = 8192                                    # up to so many tokens both passes of guidance are made as one
+
+
+class Euler:
+    """times: [t_0 = 1, ..., t_n = 0]."""
+    def __init__(self, times):
+        self.times = times
+
+    def step(self, i, x, v):
+        """x at times[i] and the velocity there -> x at times[i + 1]."""
+        return x + (self.times[i + 1] - self.times[i]) * v
+
+
+class AB2(Euler):
+    """Adams-Bashforth: the velocity extrapolated to the middle of the step from the last two calls, second order at
+    Euler's price."""
+    def step(self, i, x, v):
+        dt = self.times[i + 1] - self.times[i]
+        # one call in, there is nothing to extrapolate from
+        middle = v + dt / (2 * (self.times[i] - self.times[i - 1])) * (v - self.last) if i else v
+        self.last = v
+        return x + dt * middle
 
 
 class UniPC:
@@ -383,14 +412,14 @@ class UniPC:
     def move(self, i, x, ahead):
         """From times[i] to times[i + 1]; ahead: the estimate of x0 made there, if there is one already."""
         now, h = self.x0[i], self.line[i + 1] - self.line[i]
-        B, change = math.expm1(-h), 0.0
+        b_h, change = math.expm1(-h), 0.0
         # the first and the last step are of first order: no line before, none worth drawing to infinity
         behind = self.x0[i - 1] - now if 0 < i < len(self.times) - 2 else None
         r = (self.line[i - 1] - self.line[i]) / h if behind is not None else None
         if behind is not None and ahead is not None:
             # both weights such that lines and parabolas come out exactly
-            b1 = (B / -h - 1) / B
-            b2 = 2 * ((B / -h - 1) / -h - 0.5) / B
+            b1 = (b_h / -h - 1) / b_h
+            b2 = 2 * ((b_h / -h - 1) / -h - 0.5) / b_h
             before = (b1 - b2) / (1 - r)
             change = before * behind / r + (b1 - before) * (ahead - now)
         elif ahead is not None:
@@ -398,7 +427,10 @@ class UniPC:
         elif behind is not None:
             change = 0.5 * behind / r
         t, s = self.times[i + 1], self.times[i]
-        return t / s * x - (1 - t) * B * (now + change)
+        return t / s * x - (1 - t) * b_h * (now + change)
+
+
+SOLVERS = {"ab2": AB2, "euler": Euler, "unipc": UniPC}
 
 
 @torch.no_grad()
@@ -408,8 +440,7 @@ def sample(model, image, text, phys, noise, steps=20, shift=3.0, cfg=1.0, text_n
 
     noise (B, C, k, H, W), drawn outside (common.randn); image, text, phys as in VideoDiT.forward -> x0 (B, C, k, H, W).
     cfg: 1 is off; else v = v_null + cfg (v_text - v_null), where null has the text `text_null` and all else the same.
-    solver: "euler", or "ab2": Adams-Bashforth, the velocity extrapolated to the middle of the step from the last two
-    calls, second order at Euler's price; or "unipc", which Wan is sampled with (see UniPC).
+    solver: a name in SOLVERS; Wan is sampled with "unipc".
     progress(done, steps) is called after each step. Raises InputError."""
     if solver not in SOLVERS or steps < 1 or shift <= 0:
         raise InputError(f"solver={solver}, steps={steps}, shift={shift}: expected one of {', '.join(SOLVERS)}, "
@@ -418,9 +449,9 @@ def sample(model, image, text, phys, noise, steps=20, shift=3.0, cfg=1.0, text_n
         raise InputError(f"cfg={cfg} needs text_null, the tokens of the negative (or empty) prompt")
     end = 1e-3 if solver == "unipc" else 0         # Wan's grid leaves its last and largest step for the end
     times = shift_time(torch.linspace(1, end, steps + 1, dtype=torch.float64), shift).tolist()
-    x, unipc = noise, UniPC([*times[:-1], 0.0])
+    x, solve = noise, SOLVERS[solver]([*times[:-1], 0.0])
 
-    def guided(t):
+    def guided(x, t):
         if cfg == 1:
             return model(x, t, text, image, phys)
         if x[:, 0].numel() // 4 > TOGETHER:        # each fills the machine by itself
@@ -433,14 +464,8 @@ def sample(model, image, text, phys, noise, steps=20, shift=3.0, cfg=1.0, text_n
         return null + cfg * (v - null)
     for i in range(steps):
         # Wan's scheduler hands its model whole thousandths
-        t = x.new_full((len(x),), times[i] if solver != "unipc" else int(1000 * unipc.times[i]) / 1000)
-        v = guided(t)
-        if solver == "unipc":
-            x = unipc.step(i, x, v)
-        else:                                      # one call in, there is nothing to extrapolate from
-            dt = times[i + 1] - times[i]
-            middle = v if solver == "euler" or i == 0 else v + dt / (2 * dt_last) * (v - v_last)
-            x, v_last, dt_last = x + dt * middle, v, dt
+        t = int(1000 * solve.times[i]) / 1000 if solver == "unipc" else times[i]
+        x = solve.step(i, x, guided(x, x.new_full((len(x),), t)))
         if progress:
             progress(i + 1, steps)
     return x
@@ -449,16 +474,19 @@ def sample(model, image, text, phys, noise, steps=20, shift=3.0, cfg=1.0, text_n
 # ----------------------------------------------------------------------------------------------------------------------
 # LoRA (arXiv 2106.09685): W + alpha / rank * B A, only A and B are trained
 
-# Up to so many channels the two are added before they meet the tokens: there a product costs less than three more
-# passes over the activations. Beyond, its gradient would cost what a LoRA saves.
+# Up to so many channels W + s B A is formed first: there one product costs less than more passes over the activations;
+# beyond, its gradient would cost what a LoRA saves
 NARROW = 1024
+
+
 class LoRALinear(nn.Linear):
     """A Linear that learned a second, low-rank path. Its weight and bias keep their names and their storage."""
     def forward(self, x):
-        if max(self.weight.shape) > NARROW or self.weight.dtype != self.lora_A.dtype:
+        # in bf16 the sum would round a small B A away, so there it keeps a path of its own
+        if max(self.weight.shape) > NARROW or self.weight.dtype != self.lora_A.dtype \
+                or torch.is_autocast_enabled(x.device.type):
             return super().forward(x) + F.linear(F.linear(x, self.lora_A), self.lora_B) * self.lora_scale
-        with torch.autocast(x.device.type, enabled=False):                           # a small step, so not in bf16
-            weight = torch.addmm(self.weight, self.lora_B, self.lora_A, alpha=self.lora_scale)
+        weight = torch.addmm(self.weight, self.lora_B, self.lora_A, alpha=self.lora_scale)
         return F.linear(x, weight, self.bias)
 
 

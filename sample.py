@@ -21,17 +21,18 @@ import time
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
 import common
+import encoder as E
+import model as M
+import vae as V
 from common import InputError
 
-# chosen on the val split, data/RESULTS_drop.md
-DEFAULT_STAGE, DEFAULT_TEMPERATURE = 3, 0.45
+DEFAULT_TEMPERATURE = 0.45                         # chosen on the val split, data/RESULTS_drop.md
 PUBLISHED = {"wan5b": "Wan2.2-TI2V-5B", "wan1.3b": "Wan2.1-T2V-1.3B"}
-SIDES = {"wan5b": 32, "wan1.3b": 16}               # those of their videos are multiples of, in pixels
+SIDES = {"wan5b": 32, "wan1.3b": 16}               # their videos' sides are multiples of this many pixels
 SMALL = 128                                        # pixels a side; larger clips are made one by one, decoded in parts
 UMT5 = "models_t5_umt5-xxl-enc-bf16.pth"           # in Wan's own folders, with its tokenizer in google/umt5-xxl/
 TEXT_ENCODER = ("text_encoder", "tokenizer", UMT5, "google")                         # diffusers' and Wan's own
@@ -49,9 +50,8 @@ class Models:
 
     def read(self, captions):
         """B strings -> what the DiT takes: bytes (B, 128), or features (B, longest, width), padded with zeros."""
-        from model import bytes_to_tokens
         if self.text is None:
-            return bytes_to_tokens(captions)
+            return M.bytes_to_tokens(captions)
         return torch.nn.utils.rnn.pad_sequence([self.text[c].float() for c in captions], batch_first=True)
 
 
@@ -61,9 +61,6 @@ def load_models(data="data", stage=1, ckpt="", head="", device="cpu"):
 
     ckpt, head: other files for the DiT and the physical head, for stage 1 alone: the deltas of 2 and 3 fit data's.
     Raises InputError if a file is missing or foreign."""
-    from encoder import load_phys_encoder          # late: a wrong flag is refused without loading networks
-    from model import VideoDiT, add_lora, load_lora, merge_lora
-    from vae import load_vae
     if stage != 1 and (ckpt or head):
         raise InputError(f"stage {stage} changes the DiT and the head in {data}; other ones go with stage 1")
     ckpt = ckpt or f"{data}/dit.safetensors"
@@ -71,21 +68,29 @@ def load_models(data="data", stage=1, ckpt="", head="", device="cpu"):
     if "num_layers" not in config:
         raise InputError(f"{ckpt} is not a DiT of ours: its metadata has no DiT config; expected a dit.safetensors")
     large = config["text"] == "features"           # Wan's size: never in memory twice, nor in fp32 where bf16 will do
+    dtype = common.precision(torch.device(device)) if large else None
     with torch.device("meta" if large else "cpu"):
-        dit = VideoDiT(config)
-    common.load_weights(dit, ckpt, common.precision(torch.device(device)) if large else None, device)
+        dit = M.VideoDiT(config)
+    if large:
+        check_memory(data, dit, common.read_config(f"{data}/vae.safetensors"), dtype, device)
+    common.load_weights(dit, ckpt, dtype, device)
     dit.eval().requires_grad_(False)
+    dit.base = common.fingerprint(dit.blocks[0])   # which DiT a LoRA belongs to: any training changes the first block
     if stage in (2, 3):
         tensors, lora = common.read_weights(f"{data}/lora2.safetensors")
         if "rank" not in lora:
             raise InputError(f"{data}/lora2.safetensors is not a LoRA of ours: its metadata has no rank")
-        load_lora(add_lora(dit, lora["rank"], lora["alpha"]), tensors)
-        merge_lora(dit).requires_grad_(False)
+        M.add_lora(dit, lora["rank"], lora["alpha"])
+        if lora.get("base", dit.base) != dit.base:
+            raise InputError(f"{data}/lora2.safetensors was trained on another dit.safetensors than {ckpt}; expected "
+                             "stage 1, or a run of dpo.py on this one")
+        M.load_lora(dit, tensors)
+        M.merge_lora(dit).requires_grad_(False)
     encoder = None
     if dit.config["phys"]:
         head = head or f"{data}/{'head3' if stage in (3, 'head') else 'head1'}.safetensors"
-        encoder = load_phys_encoder(f"{data}/backbone.safetensors", head).to(device).eval().requires_grad_(False)
-    vae = load_vae(f"{data}/vae.safetensors", device=device)
+        encoder = E.load_phys_encoder(f"{data}/backbone.safetensors", head).to(device).eval().requires_grad_(False)
+    vae = V.load_vae(f"{data}/vae.safetensors", device=device)
     return Models(vae, encoder, dit)
 
 
@@ -96,12 +101,26 @@ def check_foretelling(encoder, cfg):
                          "of square clips at 16 fps; expected such, or one trained with --foretell=False")
 
 
-def small(cfg):
-    """Whether cfg's clips are so small that many are made at a time, and whole."""
-    return max(cfg.height, cfg.width) <= SMALL
+def check_memory(folder, dit, vae_config, dtype, device):
+    """Raises InputError that says what would fit, unless there is room for a DiT of that dtype and its VAE in fp32."""
+    with torch.device("meta"):
+        vae = V.VideoVAE(vae_config)
+    count = lambda module: sum(p.numel() for p in module.parameters())
+    size = 1e-9 * (dtype.itemsize * count(dit) + 4 * count(vae))
+    free, main = (common.free_memory(torch.device(where)) / 1e9 for where in (device, "cpu"))
+    if size > free:
+        fits = ["a device with as much"] + ["--device=cpu"] * (free < size < main) + [
+            "Wan2.1-T2V-1.3B, which takes 3.4 GB in bf16"] * (count(dit) > 4e9 and free > 3.4)
+        raise InputError(f"the weights in {folder} need {size:.1f} GB, --device={device} has {free:.1f} GB free; "
+                         f"expected {', or '.join(fits)}")
 
 
-def carry_over(data, folder, *names, text_emb=""):
+def small(*sides):
+    """Whether clips of these sides, in pixels, are so small that many are made at a time, and whole."""
+    return max(sides) <= SMALL
+
+
+def copy_weights(data, folder, *names, text_emb=""):
     """Copy these weights of one folder, those that it has, into another, so that that can be --data by itself, and the
     file of captions' features, text_emb or else the folder's."""
     files = {name: f"{data}/{name}.safetensors" for name in names}
@@ -122,8 +141,6 @@ def load_published(folder, name="wan5b", device="cpu", dtype=None):
 
     A config.json in the folder says how large the DiT is. Raises InputError if a file is missing, foreign or the other
     model's, or if the weights do not fit into the memory that is free."""
-    import model as M
-    import vae as V
     if not os.path.isdir(folder):
         raise InputError(f"--weights={folder} is no folder; expected the published files of a Wan model, or diffusers' "
                          "version of them")
@@ -158,14 +175,7 @@ def load_published(folder, name="wan5b", device="cpu", dtype=None):
         common.weight_files(path)                  # they are there, before it is asked whether they fit
     with torch.device("meta"):                     # no memory before the weights come
         dit = M.VideoDiT(wan)
-        size = 1e-9 * dtype.itemsize * sum(p.numel() for p in dit.parameters()) + 4e-9 * sum(
-            p.numel() for p in V.VideoVAE(vae_config).parameters())
-    free, main = (common.free_memory(torch.device(where)) / 1e9 for where in (device, "cpu"))
-    if size > free:
-        fits = ["a device with as much"] + ["--device=cpu"] * (free < size < main) + [
-            "--preset=wan1.3b, which takes 3.4 GB in bf16"] * (name == "wan5b" and free > 3.4)
-        raise InputError(f"the weights in {folder} need {size:.1f} GB, --device={device} has {free:.1f} GB free; "
-                         f"expected {', or '.join(fits)}")
+    check_memory(folder, dit, vae_config, dtype, device)
     common.load_weights(dit, dit_path, dtype, device)
     vae = V.load_vae(vae_path, vae_config, device)
     if vae.config["z_dim"] != wan["in_dim"]:
@@ -179,51 +189,50 @@ def text_features(path, captions, width, folder, device):
 
     Raises InputError if the file is foreign, or lacks captions and there is no umT5 here (data/embed_text.py makes such
     a file elsewhere)."""
-    if dist.is_initialized() and dist.get_rank():
-        dist.barrier()                             # all is in the file when rank 0 gets there
+    if common.rank():
+        common.barrier()                           # all is in the file when rank 0 gets there
     from data.embed_text import read_captions, write_captions
     wanted = {"", *captions}
     known = read_captions(path, width, wanted) if os.path.exists(path) else {}
     if lacking := sorted(wanted - known.keys()):
         known |= write_captions(path, lacking, folder, device)
-    if dist.is_initialized() and not dist.get_rank():
-        dist.barrier()
+    if not common.rank():
+        common.barrier()
     return known
 
 
-def read_text(path, config):
-    """A file of prompt embeddings (data/embed_text.py) -> text, negative (L, text_dim) each.
+def read_text(path):
+    """A file of prompt embeddings (data/embed_text.py) -> text, negative (L, width) each.
 
-    Raises InputError if they are missing or of another width."""
+    Raises InputError if they are missing or differ in width."""
     tensors = common.read_weights(path)[0]
-    for k in ("text", "negative"):
-        if k not in tensors or tensors[k].dim() != 2 or tensors[k].shape[1] != config["text_dim"]:
-            raise InputError(f"{path}: expected text and negative, (length, {config['text_dim']}) each; got "
-                             + (", ".join(f"{k} {tuple(v.shape)}" for k, v in tensors.items()) or "nothing"))
-    return tensors["text"].float(), tensors["negative"].float()
+    both = [tensors[k] for k in ("text", "negative") if k in tensors and tensors[k].dim() == 2]
+    if len(both) < 2 or both[0].shape[1] != both[1].shape[1]:
+        raise InputError(f"{path}: expected text and negative, (length, width) each; got "
+                         + (", ".join(f"{k} {tuple(v.shape)}" for k, v in tensors.items()) or "nothing"))
+    return both[0].float(), both[1].float()
 
 
 @torch.no_grad()
 def generate_latent(models, image, text, phys, keys, frames=25, steps=12, shift=3.0, cfg=1.0, solver="ab2",
                     progress=None, temperature=1.0, null=None):
     """The denoising loop alone: image (B, C, 1, h, w) latent, tokens, physical tokens -> latent frames 1..k."""
-    from model import sample
     B, C, _, h, w = image.shape
     noise = temperature * common.randn((C, (frames - 1) // 4, h, w), keys).to(image)
     if cfg != 1 and null is None:
         null = models.read([""] * B).to(image.device)
-    return sample(models.dit, image, text, phys, noise, steps, shift, cfg, null, solver, progress)
+    return M.sample(models.dit, image, text, phys, noise, steps, shift, cfg, null, solver, progress)
 
 
 @torch.no_grad()
 def generate(models, image, captions, keys, frames=25, steps=12, shift=3.0, cfg=1.0, solver="ab2", progress=None,
-             temperature=1.0, photo=None, null=None, chunk=None, truth=None):
+             temperature=1.0, photo=None, null=None, chunk=None, true=None):
     """image (B, 3, H, W) in [-1, 1], B captions, B noise keys (int or tuple) -> video (B, 3, frames, H, W) in [-1, 1].
 
     A DiT that reads features of an outside text encoder takes captions as those (B, L, text_dim), and for cfg those of
     the negative prompt as null. chunk: latent frames that the VAE decodes at a time; 0 is all, None 0 or 2 by size.
     photo (B, 3, S, S): the same picture for the encoder, which may be finer than the video; by default the image.
-    truth: what becomes of the bodies, for an encoder that foretells, as encoder.truth gives it; None: its own answers.
+    true: what becomes of the bodies, for an encoder that foretells, as encoder.true_paths gives it; None: its answers.
     cfg guides by the text, as in model.sample. The noise of a clip depends on its key alone, not on the batch, the rank
     or the device; its scale is the temperature: 1 samples what the model was trained on, less leans towards the
     likeliest future, and seeds differ less."""
@@ -232,12 +241,12 @@ def generate(models, image, captions, keys, frames=25, steps=12, shift=3.0, cfg=
         first = models.vae.encode(image[:, :, None])                                                # (B, C, 1, h, w)
         look, phys = image if photo is None else photo, None
         if models.encoder is not None:
-            phys = models.encoder(look, models.encoder.head.grid(first), (frames - 1) // 4, truth)
+            phys = models.encoder(look, models.encoder.head.grid(first), (frames - 1) // 4, true)
         text = (captions if torch.is_tensor(captions) else models.read(captions)).to(device)
         x0 = generate_latent(models, first, text, phys, keys, frames, steps, shift, cfg, solver, progress,
                              temperature, null)
         if chunk is None:
-            chunk = 0 if max(image.shape[-2:]) <= SMALL else 2
+            chunk = 0 if small(*image.shape[-2:]) else 2
         video = models.vae.decode(torch.cat([first, x0], 2), chunk)
     return torch.cat([image[:, :, None], video[:, :, 1:]], 2)                        # frame 0 is the image, exactly
 
@@ -258,7 +267,7 @@ class Config:
     temperature: float = DEFAULT_TEMPERATURE  # scale of the initial noise: 1 is all that can happen, 0 one future
     shift: float = 3.0              # > 1 spends more of the steps near noise
     solver: str = "ab2"             # ab2 (second order), euler, or unipc (Wan's own)
-    stage: int = 0                  # 1 SFT, 2 + DPO on the DiT, 3 + DPO on the PhysEncoder; 0: 3, or 1 with --ckpt
+    stage: int = 0                  # 1 SFT, 2 + DPO on the DiT, 3 + DPO on the PhysEncoder; 0: the last there is
     data: str = "data"              # folder with the weights
     model: str = "nano"             # nano, wan5b or wan1.3b (better: --preset=wan5b, which sets sizes and steps, too)
     weights: str = ""               # Wan: the folder of the published files
@@ -288,16 +297,15 @@ def main():
                        chunk=(0, 1000), steps=(1, 1000), cfg=(0, 30), temperature=(0, 2),
                        shift=(0.01, 100), stage=(0, 3), scale=(1, 16))
     common.check_frames(cfg)
-    from model import BYTES, SOLVERS
-    common.check_names("solver", cfg.solver, SOLVERS)
-    if cfg.model not in ("nano", *PUBLISHED):
-        raise InputError(f"--model={cfg.model}: expected one of nano, {', '.join(PUBLISHED)}")
+    common.check_choice(cfg, solver=M.SOLVERS, model=("nano", *PUBLISHED))
     features = bool(cfg.weights)                   # of an outside text encoder; else the DiT reads bytes
     if not features and os.path.exists(path := cfg.ckpt or f"{cfg.data}/dit.safetensors"):
         features = common.read_config(path).get("text") == "features"
     if cfg.model != "nano" and not features:
         raise InputError(f"{cfg.model} needs --weights=FOLDER, with the published files of {PUBLISHED[cfg.model]}, "
                          "or --data=FOLDER, a run of sft.py on them")
+    if not features and (cfg.text_emb or cfg.negative):
+        raise InputError("--text_emb and --negative are for Wan's DiTs; this one reads --prompt as it is")
     if cfg.weights and cfg.model not in PUBLISHED:
         raise InputError(f"--weights={cfg.weights}: published files go with --preset={' or --preset='.join(PUBLISHED)}")
     if cfg.weights and (cfg.ckpt or cfg.head or cfg.stage > 1):
@@ -320,22 +328,27 @@ def main():
         print(note)
 
     device, _, _ = common.setup(cfg.device)
-    first = cfg.ckpt or cfg.head or not os.path.exists(f"{cfg.data}/head3.safetensors")
-    stage, null = cfg.stage or (1 if first else DEFAULT_STAGE), None
+    has = lambda name: os.path.exists(f"{cfg.data}/{name}.safetensors") and not (cfg.ckpt or cfg.head)
+    last = (3 if has("head3") else 2) if has("lora2") else "head" if has("head3") else 1            # what a run gave
+    stage, null = cfg.stage or last, None
     if features and not cfg.text_emb:              # before the DiT takes the memory
         from data.embed_text import embed
         if not prompt.strip():
             print('no prompt: the video follows the image alone; --prompt="a ball falls" would say what shall happen')
         texts = embed([prompt, cfg.negative], cfg.weights or cfg.data, device=device)
+    elif features:
+        texts, prompt = read_text(cfg.text_emb), cfg.text_emb
     models = load_published(cfg.weights, cfg.model, device) if cfg.weights else load_models(
         cfg.data, stage, cfg.ckpt, cfg.head, device)
+    if models.encoder is not None and models.encoder.readout is not None and cfg.height != cfg.width:
+        print(f"{cfg.width}x{cfg.height}: what this encoder foretells is of square pictures, and less exact in others")
     captions = [prompt] * cfg.n
     if features:
-        if cfg.text_emb:
-            texts, prompt = read_text(cfg.text_emb, models.dit.config), cfg.text_emb
+        if (width := texts[0].shape[1]) != models.dit.config["text_dim"]:
+            raise InputError(f"{prompt}: its embeddings are {width} wide; expected {models.dit.config['text_dim']}")
         captions, null = (x.to(device).expand(cfg.n, -1, -1) for x in texts)
-    elif len(prompt.encode(errors="replace")) > BYTES:
-        print(f"the prompt is long: only its first {BYTES} bytes are read")
+    elif len(prompt.encode(errors="replace")) > M.BYTES:
+        print(f"the prompt is long: only its first {M.BYTES} bytes are read")
     common.check_sides(cfg, ("height", "width"), 2 * models.vae.stride)
     photo = None
     if models.encoder is not None:                 # it sees the picture as fine as it can, not as the video will be

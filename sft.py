@@ -21,7 +21,6 @@ import time
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -32,7 +31,7 @@ import eval as judge
 import model as M
 import sample
 import simdata
-from encoder import load_phys_encoder, truth
+from encoder import load_phys_encoder, true_paths
 from vae import load_vae, visibility
 
 
@@ -44,7 +43,7 @@ class Config:
     scenarios: str = ",".join(simdata.SCENARIOS)  # which of the world's, separated by commas; they take turns
     clips: int = 7680               # simulated clips in the pool, each also mirrored
     scenes: str = "out/scenes"      # folder where val scenes are kept for other runs
-    physics: bool = True            # False: what would fall wanders about instead, for a base that knows no physics
+    physics: bool = True            # False: bodies move along smooth random paths instead, for a base without physics
     folder: str = ""                # a folder of clips (see simdata.py) to train on instead, mirrored as well
     skip_broken: bool = False       # leave broken clips of the folder out, and say so, instead of stopping
     height: int = 64                # pixels of the clips
@@ -57,7 +56,7 @@ class Config:
     phys: bool = True               # with the PhysEncoder; False trains the plain DiT
     head_from: str = ""             # a Depth Anything V2 file: the head starts from its DPT trunk; empty: fresh
     foretell: bool = True           # physical tokens for the frames to come, too (needs readout.safetensors)
-    forced: bool = True             # those say the truth in training, where it is known; else what the readout says
+    teacher_forcing: bool = True    # in training those tokens tell the true paths, where they are known
     rank: int = 0                   # > 0: of a LoRA, in place of all of the DiT's weights; it is merged in the end
     steps: int = 3200               # optimizer steps; 0 only makes the pool
     batch: int = 32                 # clips a step, over all ranks
@@ -73,11 +72,14 @@ class Config:
     log_every: int = 25             # steps
     eval_every: int = 800           # steps between samples, checkpoints and val scores
     eval_clips: int = 80            # val clips that are sampled then
+    sampler_steps: int = 12         # of those
+    sampler_shift: float = 3.0      # > 1 spends more of them near noise
+    solver: str = "ab2"             # ab2, euler or unipc
+    temperature: float = sample.DEFAULT_TEMPERATURE  # scale of their initial noise
     seed: int = 0                   # of weights, order, noise
     checkpointing: bool = False     # compute activations again in the backward pass instead of keeping them
     fsdp: bool = False              # shard weights and optimizer over the ranks (FSDP2) instead of copying them (DDP)
     graphs: bool = False            # CUDA graphs: on one GPU a small DiT's steps else wait for Python
-    compile: bool = False           # torch.compile: little gain on a CPU; takes two minutes and a C++ compiler
     resume: bool = False            # go on from out/<name>/state.safetensors
     device: str = "auto"            # auto, cuda, mps or cpu
 
@@ -91,11 +93,13 @@ PRESETS = {"nano": {},
                        warmup=60, eval_every=850, eval_clips=160, graphs=True),
            # not trained yet: from scratch on one GPU, and published weights that data/fetch.py has put in order
            "small": dict(name="small", model="small", pool="out/pool_small", height=128, width=128, frames=33,
-                         clips=32768, steps=20000, batch=128, lr=3e-3, adam_lr=1e-3, eval_every=2000)}
+                         clips=32768, steps=20000, batch=128, lr=3e-3, adam_lr=1e-3, eval_every=2000,
+                         temperature=1.0)}
 PRESETS |= {name: dict(name=name, data=f"out/{name}_data", init_from=f"out/{name}_data/dit.safetensors",
                        pool=f"out/pool_{name}", height=512, width=512, frames=49, fps=fps, foretell=False, steps=3000,
-                       lr=1e-5, adam_lr=1e-5, moving=1.0, checkpointing=True, eval_every=500, eval_clips=64)
-            for name, fps in (("wan5b", 24), ("wan1.3b", 16))}
+                       lr=1e-5, adam_lr=1e-5, moving=1.0, checkpointing=True, eval_every=500, eval_clips=64,
+                       sampler_steps=25, sampler_shift=shift, solver="unipc", temperature=1.0)
+            for name, fps, shift in (("wan5b", 24, 5.0), ("wan1.3b", 16, 8.0))}
 PATCH = 14                                         # pixels of the photo a side, in every DINOv2
 SHARD = 512                                        # clips simulated and encoded at a time
 # Of the scenes. The backbone has learned those of seed 0 by heart, a little: its tokens would seem more reliable there
@@ -111,11 +115,11 @@ def prepare(batch, size, photo):
     images, which obey the same laws."""
     turned = batch | {k: batch[k].flip(-1) for k in ("mask", "photo_mask") if k in batch}
     patches = [n // PATCH for n in simdata.sides(photo)]
-    owner, course = (torch.cat(x) for x in zip(*(truth(b, size, patches) for b in (batch, turned))))
-    course[len(course) // 2:, ..., 0] *= -1
-    video, photo = (((batch[k] + 1) * 127.5).round().byte() for k in ("video", "photo"))            # as in a file
+    owner, path = (torch.cat(x) for x in zip(*(true_paths(b, size, patches) for b in (batch, turned))))
+    path[len(path) // 2:, ..., 0] *= -1
+    video, photo = (common.to_bytes(batch[k]) for k in ("video", "photo"))           # as in a file
     return dict(video=video, photo=photo, text=M.bytes_to_tokens(batch["caption"] * 2, M.LONG).short(), owner=owner,
-                course=course)
+                path=path)
 
 
 def simulate(scenario, count, start, form, device):
@@ -126,7 +130,7 @@ def simulate(scenario, count, start, form, device):
 def at_once(cfg, count, device):
     """How many clips are made together where it would be `count` of nano's on a CPU."""
     larger = cfg.frames * cfg.height * cfg.width / (25 * 64**2)
-    more = common.scenes_at_once(device) if sample.small(cfg) else 1                 # large ones take gigabytes each
+    more = common.scenes_at_once(device) if sample.small(cfg.height, cfg.width) else 1       # large ones take gigabytes
     return max(1, int(count * more / larger))
 
 
@@ -137,79 +141,95 @@ def shards_of(cfg, total, device):
         shard = at_once(cfg, SHARD, torch.device("cpu"))
     else:                                          # small pools, too, have a share of every scenario
         shard = min(at_once(cfg, SHARD, device), math.ceil(total / len(names)))
+        if os.path.exists(f"{cfg.pool}/0000.safetensors"):                           # begun on another device, perhaps
+            shard = common.read_config(f"{cfg.pool}/0000.safetensors").get("count", shard)
     return [(names[i % len(names)], start, min(shard, total - start)) for i, start in enumerate(range(0, total, shard))]
 
 
 def captions(cfg):
     """Of all clips that a run trains on, whatever makes them (a GPU makes more at once, and so others), and of the val
-    clips."""
+    clips; data/embed_text.py asks."""
     held_out = judge.val_captions(common.check_names("scenarios", cfg.scenarios, simdata.SCENARIOS), cfg.eval_clips)
     if cfg.folder:
-        lines = simdata.Clips(cfg.folder, common.clip_size(cfg), cfg.frames, cfg.fps, cfg.skip_broken).lines
-        said = [str(line.get("caption", "")) for line in lines]
+        said = simdata.Clips(cfg.folder, common.clip_size(cfg), cfg.frames, cfg.fps, cfg.skip_broken).captions
         return held_out + M.tokens_to_strings(M.bytes_to_tokens(said, M.LONG))       # as the pool keeps them
     return held_out + [c for kind in ("cpu", "cuda") for name, start, n in shards_of(cfg, cfg.clips, torch.device(kind))
                        for c in simdata.captions(simdata.make_scene(name, n, SEED, "train", start=start)[0])]
 
 
-@torch.no_grad()
-def make_pool(cfg, vae, photo, device, rank, world):
-    """Fill cfg.pool with shards -> dict(latent (N, C, 1+k, h, w) bf16, photo (N, 3, S, S) uint8, text (N, 1024) bytes;
-    owner (N, cells) uint8 and course (N, bodies, FUTURE, 2), what the readout should say: see encoder.truth).
-
-    photo: S, the pixels a side of the picture that the encoder gets, or its height and width."""
+def check_pool(cfg, vae, form):
+    """-> the pool's shards, [(path, what they hold)], and cfg.folder's clips. Raises InputError if a shard that lies
+    there holds something else: latents of another VAE would train as well, and then sample noise."""
     common.make_dir(cfg.pool)
-    form = dict(size=common.clip_size(cfg), frames=cfg.frames, fps=cfg.fps, photo=photo)
-    folder = simdata.Clips(cfg.folder, skip=cfg.skip_broken, **form) if cfg.folder else None
-    part, chunk = (at_once(cfg, 16, device), 0) if sample.small(cfg) else (1, 2)      # clips, latent frames at a time
-    shards = []                                    # (path, what it holds): latents of another VAE would train as well,
-    # and then sample noise, so a shard remembers where it comes from
+    folder, shards = simdata.Clips(cfg.folder, skip=cfg.skip_broken, **form) if cfg.folder else None, []
+    # of the decoder nothing: it may be tuned alone, and latents stay as they are
+    stamp = dict(vae=common.fingerprint(vae.encoder, vae.conv1), statistics=[vae.config[k] for k in (
+        "latent_mean", "latent_std")], paths=True) | form
+    device = next(vae.parameters()).device
     for s, (name, start, count) in enumerate(shards_of(cfg, len(folder) if cfg.folder else cfg.clips, device)):
         source = dict(folder=os.path.abspath(cfg.folder)) if cfg.folder else dict(
             scenario=name, seed=SEED, physics=cfg.physics)
-        shards.append((f"{cfg.pool}/{s:04d}.safetensors", dict(
-            vae=common.fingerprint(vae.encoder, vae.conv1), paths=True, **source, start=start, count=count, **form)))
-    for path, what in (shard for shard in shards if os.path.exists(shard[0])):       # before any is made
+        shards.append((f"{cfg.pool}/{s:04d}.safetensors", stamp | source | dict(start=start, count=count)))
+    for path, what in (shard for shard in shards if os.path.exists(shard[0])):
         made = common.read_config(path)
-        if made != what:
-            different = next(k for k in what if made.get(k) != what[k])
-            raise common.InputError(f"{path} was made with another {different}; delete {cfg.pool} or choose another "
+        if different := [k for k in what if made.get(k) != what[k]]:
+            raise common.InputError(f"{path} was made with another {different[0]}; delete {cfg.pool} or choose another "
                                     "--pool")
+    return shards, folder
+
+
+@torch.no_grad()
+def make_pool(cfg, vae, form, shards, folder, device, rank, world):
+    """Fill cfg.pool with what is missing of check_pool's shards -> dict(latent (N, C, 1+k, h, w) bf16, photo
+    (N, 3, S, S) uint8, text (N, 1024) int16, bytes; owner (N, cells) uint8 and path (N, bodies, FUTURE, 2), what the
+    readout should say: see encoder.true_paths).
+
+    form: dict(size, frames, fps, photo: S, the pixels a side of the encoder's picture, or its height and width)."""
+    small = sample.small(cfg.height, cfg.width)
+    part, chunk = (at_once(cfg, 16, device), 0) if small else (1, 2)                 # clips, latent frames at a time
     missing = [shard for shard in shards[rank::world] if not os.path.exists(shard[0])]
+    world_now = common.source_hash()
 
     def read():
         for _, what in missing:
             batch = folder.read(what["start"], what["count"])
-            yield prepare(batch, form["size"], photo) if batch else None             # all of them broken
+            yield prepare(batch, form["size"], form["photo"]) if batch else None     # all of them broken
     clips = read() if cfg.folder else common.side_by_side(
         simulate, [(what["scenario"], what["count"], what["start"], form | dict(physics=cfg.physics), str(device))
                    for _, what in missing], device)
+    encode = lambda v: vae.encode(common.from_bytes(v.to(device)), chunk).to("cpu", torch.bfloat16)
     for path, what in tqdm(missing, desc=f"pool, shards of {shards[0][1]['count']}", disable=rank > 0 or not missing):
         made = next(clips)
         if made is None:
             continue
-        with common.autocast(device):
+        with common.autocast(device):              # as they are, then their mirror images
             video = made.pop("video").split(part)
-            latent = torch.cat([vae.encode(v.to(device).float() / 127.5 - 1, chunk).to("cpu", torch.bfloat16)
-                                for way in (lambda v: v, lambda v: v.flip(-1)) for v in map(way, video)])
+            latent = torch.cat([encode(v) for v in video] + [encode(v.flip(-1)) for v in video])
         photos = torch.cat([made["photo"], made["photo"].flip(-1)])
-        common.save_weights(path, made | dict(latent=latent, photo=photos), what)
+        common.save_weights(path, made | dict(latent=latent, photo=photos), what | dict(world=world_now))
     if cfg.folder and folder.broken:
         print(f"left out {len(folder.broken)} broken clips: " + "; ".join(folder.broken))
-    if dist.is_initialized():
-        dist.barrier()
-    parts = [common.read_weights(path)[0] for path, _ in shards if os.path.exists(path)]
-    if not parts:
-        raise common.InputError(f"{cfg.folder}: none of its {len(folder)} clips can be read: {folder.broken[-1]}")
-    widest = max(p["course"].shape[1] for p in parts)                               # scenarios differ in bodies
+    common.barrier()
+    there = [path for path, _ in shards if os.path.exists(path)]
+    if not there:
+        raise common.InputError(f"{cfg.folder}: none of its {len(folder)} clips can be read"
+                                + "".join(f": {why}" for why in folder.broken[-1:]))
+    if len(set(common.gather(len(there)))) > 1:
+        raise common.InputError(f"{cfg.pool} is not the same folder on all machines; expected one that they share")
+    worlds = {common.read_config(path).get("world", world_now) for path in there}
+    if not cfg.folder and rank == 0 and worlds != {world_now}:
+        print(f"note: simdata.py has changed since {cfg.pool} was made; another --pool would be of the world as it is "
+              "now")
+    parts = [common.read_weights(path)[0] for path in there]
+    widest = max(p["path"].shape[1] for p in parts)                                 # scenarios differ in bodies
     for p in parts:
-        p["course"] = F.pad(p["course"], (0, 0, 0, 0, 0, widest - p["course"].shape[1]))
-    return {k: torch.cat([p[k] for p in parts]) for k in ("latent", "photo", "text", "owner", "course")}
+        p["path"] = F.pad(p["path"], (0, 0, 0, 0, 0, widest - p["path"].shape[1]))
+    return {k: torch.cat([p.pop(k) for p in parts]) for k in ("latent", "photo", "text", "owner", "path")}
 
 
 def get_batch(cfg, pool, step, device):
-    """The global batch of a step, a function of (seed, step): indices, where the pool is; which captions are kept, t
-    and the noise, on the device."""
+    """The global batch of a step, a function of (seed, step) -> clips' indices, on the pool's device; a mask of the
+    captions that are kept, t and the noise, on the device."""
     g = common.generator(cfg.seed, "sft", step)
     index = torch.randint(len(pool["latent"]), (cfg.batch,), generator=g).to(pool["latent"].device)
     keep = torch.rand(cfg.batch, 1, generator=g) >= cfg.drop_text
@@ -229,10 +249,10 @@ class StageOne(nn.Module):
         self.dit, self.encoder, self.visible, self.moving = dit, encoder, visible, moving
         self.run = None                            # the DiT as CUDA graphs
 
-    def forward(self, latent, photo, text, t, eps, truth=None):
+    def forward(self, latent, photo, text, t, eps, true=None):
         phys = None
         if self.encoder is not None:
-            phys = self.encoder(photo, self.encoder.head.grid(latent), latent.shape[2] - 1, truth)
+            phys = self.encoder(photo, self.encoder.head.grid(latent), latent.shape[2] - 1, true)
         x0 = latent[:, :, 1:]
         moves = (x0 - x0.mean(2, keepdim=True)).square().mean(1, keepdim=True).clamp_max(1)         # (B, 1, k, h, w)
         weight = self.visible * (1 + self.moving * moves)
@@ -258,9 +278,11 @@ def main():
     common.check_range(cfg, clips=(1, 10**8), steps=(0, 10**8), batch=(1, 10**6), accumulate=(1, 10**4), lr=(0, 1),
                        adam_lr=(0, 1), warmup=(0, 10**8), weight_decay=(0, 1), shift=(0.01, 100), moving=(0, 1000),
                        drop_text=(0, 1), ema=(0, 1), log_every=(1, 10**8), eval_every=(1, 10**8),
-                       eval_clips=(1, 10**4), rank=(0, 1024), height=(16, 2048), width=(16, 2048), frames=(5, 1001),
+                       eval_clips=(1, 10**4), sampler_steps=(1, 1000), sampler_shift=(0.01, 100),
+                       temperature=(0, 2), rank=(0, 1024), height=(16, 2048), width=(16, 2048), frames=(5, 1001),
                        fps=(1, 240))
     names = common.check_names("scenarios", cfg.scenarios, simdata.SCENARIOS)
+    common.check_choice(cfg, solver=M.SOLVERS)
     device, rank, world = common.setup(cfg.device)
     if cfg.rank and (cfg.fsdp or not cfg.init_from):
         raise common.InputError(f"--rank={cfg.rank}: a LoRA is small and tunes what has been trained; expected "
@@ -269,10 +291,10 @@ def main():
         raise common.InputError(f"--model={cfg.model}: expected nano, small or tiny; other ones come with --init_from")
     if cfg.head_from and not cfg.phys:
         raise common.InputError("--head_from starts the physical head, and --phys=False has none; expected one of them")
-    most = 1 if not sample.small(cfg) else 8 if cfg.fsdp else 32                     # val clips at a time
-    if cfg.fsdp and (world == 1 or cfg.eval_clips % (most * world)):
-        raise common.InputError(f"--fsdp=True shards over the ranks of torchrun, here {world}; expected 2 or more, and "
-                                f"--eval_clips a multiple of {most * world}, so that all sample alike")
+    most = 1 if not sample.small(cfg.height, cfg.width) else 8 if cfg.fsdp else 32   # val clips at a time
+    if cfg.fsdp and (world == 1 or len(judge.val_parts(names, cfg.eval_clips, most)) % world):
+        raise common.InputError(f"--fsdp=True shards over the ranks of torchrun, here {world}, and all must sample "
+                                f"alike; expected 2 or more, and for example --eval_clips={8 * len(names) * world}")
     if cfg.graphs and (world > 1 or cfg.accumulate > 1):
         raise common.InputError(f"--graphs=True with {world} ranks and --accumulate={cfg.accumulate}: expected 1 and 1")
     if cfg.batch % (world * cfg.accumulate):
@@ -315,13 +337,12 @@ def main():
             dit.phys_type = nn.Parameter(dit.phys_type.float())
 
     size = common.clip_size(cfg)
-    form = dict(size=size, frames=cfg.frames, fps=cfg.fps, photo=judge.photo_size(encoder, size))
-    held_out = common.meanwhile(common.remembered, cfg.scenes, judge.val_scenes, names, cfg.eval_clips, most, rank,
+    form = dict(size=size, frames=cfg.frames, fps=cfg.fps, photo=judge.photo_size(size, encoder))
+    pool_parts = check_pool(cfg, vae, form)        # before hours of work
+    held_out = common.in_background(common.disk_cache, cfg.scenes, judge.val_scenes, names, cfg.eval_clips, most, rank,
                                 world, form) if cfg.steps else None
-    pool = make_pool(cfg, vae, form["photo"], device, rank, world)
+    pool = make_pool(cfg, vae, form, *pool_parts, device, rank, world)
     if not cfg.steps:
-        if dist.is_initialized():
-            dist.destroy_process_group()
         return
     folder = common.start_run(cfg, rank, f"out/{cfg.name}")                          # all it reads is there
     log, state = f"{folder}/metrics.jsonl", f"{folder}/state.safetensors"
@@ -331,15 +352,12 @@ def main():
         text = sample.text_features(cfg.text_emb or f"{cfg.data}/captions.safetensors", said, config["text_dim"],
                                     cfg.data, device)
 
-    pool = common.at_hand(pool, device)
-    visible = visibility(vae, pool["latent"][common.spread(len(pool["latent"]), 16), :, :2].to(device))
+    visible = visibility(vae, pool["latent"][common.evenly(len(pool["latent"]), 16), :, :2].to(device))
     raw = StageOne(dit, encoder, visible, cfg.moving)
     shards = shard(raw, device, world) if cfg.fsdp else []
     raw.to(device)
     if cfg.graphs and device.type == "cuda":
         raw.run = common.Graphed(dit)
-    if cfg.compile:
-        raw.compile()                              # in place: names stay; dit.forward itself, which samples, is eager
     model = DistributedDataParallel(raw) if world > 1 and not cfg.fsdp else raw
     ema = M.EMA(raw, cfg.ema)
     trained = {k: p for k, p in raw.named_parameters() if p.requires_grad}
@@ -359,20 +377,23 @@ def main():
         print(f"{sum(p.numel() for p in trained.values()):,} trained parameters, {len(pool['latent'])} clips, "
               f"from step {first}")
 
-    def look(step):
+    def validate(step):
         """Sample val clips with the averaged weights, every rank its share. -> mean traj_l2; a sheet in the folder."""
         raw.eval()
         with ema.applied(raw):
-            score, shown = judge.outcome(models, held_out.result(), device)
+            score, shown = judge.outcome(models, held_out.result(), device, steps=cfg.sampler_steps,
+                                         shift=cfg.sampler_shift, solver=cfg.solver, temperature=cfg.temperature)
             for part in shards:                    # without a backward pass they would stay whole, with these weights
                 part.reshard()
         raw.train()
         if rank == 0:
-            common.write_image(f"{folder}/{step:06d}.png", common.sheet(shown[:16], every=2))
+            common.write_image(f"{folder}/{step:06d}.png", common.sheet(shown, every=2))
         return score
 
     # training
     models = sample.Models(vae, encoder, dit, text=text)
+    if sample.small(cfg.height, cfg.width):        # a large model will need that memory
+        pool = common.to_device_if_it_fits(pool, device)
     stop, began, bins, done = common.Stop(), time.time(), torch.zeros(2, 4, device=device), first
     bar = tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, disable=rank > 0)
     micro = cfg.batch // world // cfg.accumulate
@@ -392,17 +413,17 @@ def main():
             if model is not raw:
                 model.require_backward_grad_sync = last
             latent = pool["latent"][index[mine]].to(device).float()
-            photo = pool["photo"][index[mine]].to(device).float() / 127.5 - 1
-            # trained on what is right and wrong, the DiT doubts what it is told; it shall draw that
-            right = [pool[k][index[mine]].to(device) for k in ("owner", "course")] if cfg.forced else None
+            photo = common.from_bytes(pool["photo"][index[mine]].to(device))
+            # a DiT that is trained on wrong forecasts learns to distrust them, and paints faint bodies
+            true = [pool[k][index[mine]].to(device) for k in ("owner", "path")] if cfg.teacher_forcing else None
             said = pool["text"][index[mine]].to(device).long() * keep[mine]
             said = models.read(M.tokens_to_strings(said)).to(device) if text else said[:, :M.BYTES]
             with common.autocast(device):
-                loss = model(latent, photo, said, t[mine], eps[mine], right)                        # (micro,)
+                loss = model(latent, photo, said, t[mine], eps[mine], true)                        # (micro,)
             (loss.mean() / cfg.accumulate).backward()
             # the average over all t hides what matters: see which part of the path is being learned
             bins.index_add_(1, (t[mine] * 4).long().clamp_max(3), torch.stack([loss.detach(), torch.ones_like(loss)]))
-        norm = common.whole(nn.utils.clip_grad_norm_(trained.values(), 1.0))
+        norm = common.unshard(nn.utils.clip_grad_norm_(trained.values(), 1.0))
         for optimizer in optimizers:
             optimizer.step()
         ema.update(raw, step)
@@ -422,7 +443,7 @@ def main():
         if done % cfg.eval_every == 0 or done == cfg.steps or ending:
             common.save_state(state, done, parts, *optimizers)
         if done % cfg.eval_every == 0 or done == cfg.steps:
-            score = look(done)
+            score = validate(done)
             if rank == 0:
                 common.log_line(log, {"step": step, "val_traj_l2": score})
                 bar.write(f"step {done}: val traj_l2 {score:.4f}")
@@ -433,18 +454,16 @@ def main():
         ema.copy_to(raw)
         M.merge_lora(dit)
         if rank == 0:                              # the DiT last: with it the folder is whole
-            sample.carry_over(cfg.data, folder, "vae", "backbone", "readout", text_emb=cfg.text_emb)
+            sample.copy_weights(cfg.data, folder, "vae", "backbone", "readout", text_emb=cfg.text_emb)
         files = ({"head1": (encoder.head, encoder.config)} if cfg.phys else {}) | {"dit": (dit, dit.config)}
         for name, (module, config) in files.items():
-            tensors = {k: common.whole(v) for k, v in module.state_dict().items()}
+            tensors = {k: common.unshard(v) for k, v in module.state_dict().items()}
             if rank == 0:
                 common.save_weights(f"{folder}/{name}.safetensors", tensors, config, torch.bfloat16)
         if rank == 0:
             print(f"wrote {' and '.join(f'{folder}/{name}.safetensors' for name in files)}")
     elif rank == 0:
         print(f"stopped after {done} steps; go on with --resume=True")
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -35,6 +35,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import common                                      # for clips on disk alone; the world itself needs nothing of ours
+
 PHOTO = 112                                        # pixels of the picture that the encoder gets; a video has 64
 SHAPES = ("sphere", "box", "cylinder", "capsule")  # the last two along z; half extents are their bounding boxes'
 SPHERE, BOX, CYLINDER, CAPSULE = range(4)
@@ -265,8 +267,8 @@ def drop(draw, unseen):
     size = torch.where(small, draw.uniform("size", 0.13, 0.155, N), draw.uniform("size", 0.245, 0.27, N)) if unseen \
         else draw.uniform("size", 0.17, 0.23, N)
     aspect = draw.uniform("aspect", 0.65, 1.0, N, 3)
-    half_extents = size[..., None] * torch.where(shape[..., None] == 0, torch.ones_like(aspect), aspect * 0.95)
-    bound = torch.where(shape == 0, size, half_extents.norm(dim=-1))                                # (B, N)
+    half_extents = size[..., None] * torch.where(shape[..., None] == SPHERE, torch.ones_like(aspect), aspect * 0.95)
+    bound = torch.where(shape == SPHERE, size, half_extents.norm(dim=-1))                                # (B, N)
 
     low = draw("low", A, N) < 0.5
     height = torch.where(low, draw.uniform("height", 0.15, 0.3, A, N), draw.uniform("height", 1.2, 1.3, A, N)) \
@@ -279,9 +281,9 @@ def drop(draw, unseen):
     offset = (draw("offset", A, N, 2) * 2 - 1) * torch.tensor([0.35, 0.15], device=device)
     spot = torch.where(near, (spot[..., :1, :] + offset).clamp(-0.65, 0.65), spot)                  # (B, A, N, 2)
     tumbled, upright = random_quat(draw("tumbled", A, N, 3)), yaw_quat(draw("yaw", A, N) * 2 * math.pi)
-    rotation = torch.where((falls & (shape == 1)[:, None])[..., None], tumbled, upright)
+    rotation = torch.where((falls & (shape == BOX)[:, None])[..., None], tumbled, upright)
     # how far the body reaches below its centre
-    reach = torch.where(shape[:, None] == 0, size[:, None],
+    reach = torch.where(shape[:, None] == SPHERE, size[:, None],
                         (quat_to_matrix(rotation)[..., 2, :].abs() * half_extents[:, None]).sum(-1))  # (B, A, N)
     position = torch.cat([spot, (reach + torch.where(falls, height, 0.0))[..., None]], -1)          # (B, A, N, 3)
 
@@ -816,10 +818,6 @@ class Impulses:
         return state[:n], p
 
 
-# A training looks at the same few val scenes again and again: of small batches, what happened in the last 64 is kept.
-REMEMBERED = {}
-
-
 def simulate(scene, frames, fps, gravity=None, rate=RATE):
     """Run a scene -> dict of position (B, T, N, 3), rotation (B, T, N, 4), velocity, angular_velocity (B, T, N, 3) and
     impulse (B, T, N, N+1): what body n got from body m, or the floor (m = N), since frame t-1, N s along the normal.
@@ -832,12 +830,6 @@ def simulate(scene, frames, fps, gravity=None, rate=RATE):
     if (scene["mass"][scene["alive"]] <= 0).any():
         raise ValueError("the scene has a body without positive mass: density and half extents must be positive")
     B, N = scene["shape"].shape
-    told = ("shape", "half_extents", "mass", "restitution", "friction", "alive", "dynamic", "position", "rotation",
-            "velocity", "angular_velocity")
-    key = (frames, fps, rate, *(t if t is None else (t.shape, t.device, t.cpu().numpy().tobytes())
-                                for t in (*(scene[k] for k in told), gravity)))
-    if key in REMEMBERED:
-        return {k: v.clone() for k, v in REMEMBERED[key].items()}
     M, device = B * N, scene["shape"].device
     flat = lambda t: F.pad(t.flatten(0, 1), (0, 0) * (t.ndim - 2) + (0, 1))        # and the world
     x, q, v, w = (flat(scene[k]) for k in ("position", "rotation", "velocity", "angular_velocity"))
@@ -903,12 +895,7 @@ def simulate(scene, frames, fps, gravity=None, rate=RATE):
             record.append((x, q, v, w, given))
             given = torch.zeros_like(given)
     keys = ("position", "rotation", "velocity", "angular_velocity", "impulse")
-    path = {k: torch.stack([r[i].view(M + 1, -1)[:M].view(B, N, -1) for r in record], 1) for i, k in enumerate(keys)}
-    if B <= 64:
-        REMEMBERED[key] = {k: v.clone() for k, v in path.items()}
-        if len(REMEMBERED) > 64:
-            del REMEMBERED[next(iter(REMEMBERED))]
-    return path
+    return {k: torch.stack([r[i].view(M + 1, -1)[:M].view(B, N, -1) for r in record], 1) for i, k in enumerate(keys)}
 
 
 def wander(scene, frames, fps, draw):
@@ -1199,7 +1186,7 @@ def _compose(lit, dark, sun, body, share):
 def render(scene, path, size=64, antialias=2, truth=True):
     """Film a simulated scene. -> dict of video (B, 3, T, H, W) in [-1, 1] and, if truth: mask, depth, normal, flow,
     visible, as in make_batch."""
-    (B, T, N, _), (H, W) = path["position"].shape, sides(size)
+    (B, T, _, _), (H, W) = path["position"].shape, sides(size)
     depth, ident, hits = _cast(scene, path, H, W, antialias)
     # the floor does not move: only how much sun it gets. It is filmed once, with more samples: its far tiles are fine
     fine = max(antialias, min(4, 256 // min(H, W))) if antialias > 1 else 1
@@ -1339,7 +1326,7 @@ def export(folder, scenario, n, seed, split="train", unseen=False, size=64, fram
 
     A clip's line is written after its files, so a run that was stopped goes on where it was.
     Raises InputError if the folder cannot be written, or holds clips of another size, length or rate."""
-    import common
+    size = size if isinstance(size, int) else list(size)                             # as JSON gives it back
     form, index = dict(fps=fps, frames=frames, size=size), f"{folder}/clips.jsonl"
     common.make_dir(folder)
     have = common.read_lines(index, mend=True) if os.path.exists(index) else []
@@ -1378,15 +1365,14 @@ class Clips:
     Raises InputError for a folder without clips and for a broken clip; with skip=True such clips are left out and
     listed, with the reason, in `broken`."""
     def __init__(self, folder, size=64, frames=25, fps=16, skip=False, photo=PHOTO):
-        import common
         self.folder, self.size, self.frames, self.fps, self.photo = folder, size, frames, fps, photo
         self.skip, self.broken = skip, []
-        if os.path.exists(index := f"{folder}/clips.jsonl"):
-            self.lines = common.read_lines(index)
-        elif os.path.isdir(folder):
-            names = [os.path.splitext(f) for f in sorted(os.listdir(folder)) if f[0] != "."]
-            self.lines = [dict(clip=name) for name, extension in names if extension in common.VIDEO_EXTENSIONS]
-        if not getattr(self, "lines", None):
+        files = sorted(f for f in os.listdir(folder) if f[0] != ".") if os.path.isdir(folder) else []
+        self.videos = {name: f"{folder}/{name}{extension}" for name, extension in map(os.path.splitext, files)
+                       if extension.lower() in common.VIDEO_EXTENSIONS}
+        index = f"{folder}/clips.jsonl"
+        self.lines = common.read_lines(index) if os.path.exists(index) else [dict(clip=name) for name in self.videos]
+        if not self.lines:
             raise common.InputError(f"{folder} is no folder of clips; expected videos in it "
                                     f"({', '.join(common.VIDEO_EXTENSIONS)}), or a clips.jsonl as python simdata.py "
                                     "--export=FOLDER writes it")
@@ -1399,17 +1385,22 @@ class Clips:
     def __len__(self):
         return len(self.lines)
 
+    @property
+    def captions(self):
+        return [str(line.get("caption", "")) for line in self.lines]
+
     def _try(self, read, line):
         """read(line), or the reason why not, with the clip's name."""
-        from common import InputError
         try:
             return read(line)
-        except (InputError, OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, zipfile.BadZipFile,
-                zlib.error) as error:
+        except (common.InputError, OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError,
+                zipfile.BadZipFile, zlib.error) as error:
+            if common.out_of_memory(error):        # that is not the clip's fault
+                raise
             reason = (str(error) or repr(error)).splitlines()[0]
             self.broken.append(f"{self.folder}, clip {line.get('clip', '?')}: {reason}")
         if not self.skip:
-            raise InputError(self.broken[-1])
+            raise common.InputError(self.broken[-1])
 
     def _names(self, line):
         if not os.path.exists(path := f"{self.folder}/{line['clip']}.npz"):
@@ -1418,29 +1409,35 @@ class Clips:
             return {k for k in file.files if k.split(".")[0] in TRUTH}
 
     def _clip(self, line):
-        import common
-        path = f"{self.folder}/{line['clip']}"
-        found = [path + e for e in common.VIDEO_EXTENSIONS if os.path.exists(path + e)]
-        if not found:
+        path, video, T = f"{self.folder}/{line['clip']}", self.videos.get(line["clip"]), self.frames
+        if video is None:
             raise ValueError("its video is missing")
-        fps, clip = line.get("fps") or common.frame_rate(found[0]), {}
-        at = (np.arange(self.frames) * fps / self.fps).round().astype(int)
-        raw = common.read_video(found[0], self.frames + 1 if self.truth else int(at[-1]) + 1)
+        fps, clip = line.get("fps") or common.frame_rate(video), {}
+        if video.lower().endswith(".gif") and abs(1 / fps - 1 / self.fps) <= 0.005:
+            fps = self.fps                         # a gif's frames last whole hundredths of a second
+        at = (np.arange(T) * fps / self.fps).round().astype(int)
+        raw = common.read_video(video, T + 1 if self.truth else int(at[-1]) + 1)
         if self.truth:
             with np.load(f"{path}.npz", allow_pickle=False) as file:
-                clip = {k: torch.from_numpy(file[k]) for k in self.truth}
-            clip = {k: v.float() if v.is_floating_point() else v for k, v in clip.items()}
-            form = (self.frames, *sides(self.size))
-            if raw.shape[:3] != form or fps != self.fps or tuple(clip.get("mask", raw[..., 0]).shape) != form:
+                clip = {k: file[k] for k in self.truth}
+            form = T, H, W = (T, *sides(self.size))
+            if raw.shape[:3] != form or fps != self.fps:
                 raise ValueError(f"{raw.shape[0]} frames of {raw.shape[2]}x{raw.shape[1]} at {fps} fps with truth; "
-                                 f"expected {form[0]} of {form[2]}x{form[1]} at {self.fps}, masks likewise")
-            for k in (k for k, v in clip.items() if v.is_floating_point() and v.isnan().any()):
-                raise ValueError(f"its {k} has NaN")
+                                 f"expected {T} of {W}x{H} at {self.fps}")
+            film = dict(mask=form, depth=form, normal=(3, *form), flow=(T - 1, 2, H, W), visible=(T - 1, H, W))
+            for k, v in clip.items():
+                wanted = film.get(k, (T, *v.shape[1:]) if BODY_AXIS.get(k) else v.shape)
+                if v.shape != wanted:
+                    raise ValueError(f"its {k} is {v.shape}; expected {wanted}")
+                if v.dtype.kind == "f" and np.isnan(v).any():
+                    raise ValueError(f"its {k} has NaN")
+            if "mask" in clip and not (0 <= clip["mask"].min() and clip["mask"].max() < 256):
+                raise ValueError("its mask has numbers outside 0 to 255")
+            clip = {k: torch.from_numpy(v.astype(np.uint8) if k == "mask" else v.astype(np.float32)
+                                        if v.dtype.kind == "f" else v) for k, v in clip.items()}
         else:
-            if at[-1] == len(raw):                 # a gif's rate is one of few, so the last frame may be one too late
-                at[-1] -= 1
             if at[-1] >= len(raw):
-                raise ValueError(f"{len(raw)} frames at {fps} fps; expected {self.frames} at {self.fps} or longer")
+                raise ValueError(f"{len(raw)} frames at {fps} fps; expected {T} at {self.fps} or longer")
             raw = raw[at]
         photo = common.to_float(common.fit(raw[:1], self.photo))[:, 0]
         if os.path.exists(f"{path}.png"):
@@ -1466,9 +1463,8 @@ class Clips:
                     values = [torch.cat([F.pad(v[..., :-1], (0, N + 1 - v.shape[2])), v[..., -1:]], 2) for v in values]
                 values = [F.pad(v, (0, 0) * (v.dim() - 1 - axis) + (0, N - v.shape[axis])) for v in values]
             if k != "caption" and len({v.shape for v in values}) > 1:
-                from common import InputError
-                raise InputError(f"{self.folder}: {k} has another shape in some clips than in others; expected those "
-                                 "of simdata.make_batch")
+                raise common.InputError(f"{self.folder}: {k} has another shape in some clips than in others; expected "
+                                        "those of simdata.make_batch")
             batch[k] = values if k == "caption" else torch.stack(values)
         for k in [k for k in batch if "." in k]:
             batch.setdefault(k.split(".")[0], {})[k.split(".")[1]] = batch.pop(k)
@@ -1493,7 +1489,6 @@ class Config:
 
 
 def main():
-    import common                                  # only to look at clips; the world itself needs nothing of ours
     cfg = common.parse_config(Config, sys.argv[1:])
     common.check_range(cfg, n=(1, 10**8 if cfg.export else 256), height=(16, 2048), width=(16, 2048),
                        frames=(1, 1000), fps=(1, 240))
@@ -1509,7 +1504,7 @@ def main():
     common.make_dir(cfg.out)
     rows = []
     for name in names:
-        batch = make_batch(name, cfg.n, cfg.seed, cfg.split, cfg.frames, size, cfg.fps, unseen=cfg.unseen)
+        batch = make_batch(name, cfg.n, cfg.seed, cfg.split, cfg.frames, size, cfg.fps, unseen=cfg.unseen, truth=False)
         clips = [common.to_uint8(v) for v in batch["video"]]
         rows += clips
         common.write_image(f"{cfg.out}/{name}.png", common.sheet(clips, every=2))
@@ -1521,5 +1516,4 @@ def main():
 
 
 if __name__ == "__main__":
-    import common
     common.run(main)

@@ -22,7 +22,6 @@ import time
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -424,7 +423,6 @@ class Config:
     clips: int = 2560               # training clips, simulated once and kept in memory (0.4 MB each)
     val_clips: int = 64             # held-out clips
     steps: int = 6750               # optimizer steps; the learning rate follows a cosine over them
-    max_minutes: float = 0.0        # stop after this long (0: never); --resume=True --steps=N then anneals and finishes
     batch: int = 2                  # whole clips a step, over all ranks, or as many pixels a frame in pieces
     crop: int = 32                  # side of the pieces around bodies that are seen first, a multiple of 8
     whole: float = 0.2              # share of the steps, at the end, that see whole clips, all of their frames
@@ -449,7 +447,7 @@ SIZE, FRAMES = 64, 25
 def clips(scenario, split, count, seed, start, device="cpu"):
     """-> uint8 video (N, 3, T, H, W) and body mask (N, T, H, W)."""
     batch = simdata.make_batch(scenario, count, seed, split=split, frames=FRAMES, size=SIZE, start=start, device=device)
-    return dict(video=((batch["video"] + 1) * 127.5).round().byte(), mask=batch["mask"])
+    return dict(video=common.to_bytes(batch["video"]), mask=batch["mask"])
 
 
 def simulate(scenarios, split, count, seed, device, chunk=256):
@@ -465,18 +463,13 @@ def simulate(scenarios, split, count, seed, device, chunk=256):
 def load_clips(cfg, rank, folder, device):
     """The clips as a dict of uint8 tensors, from the run folder if they are there; rank 0 simulates them once."""
     path = f"{folder}/clips.safetensors"
-    key = {k: getattr(cfg, k) for k in ("scenarios", "clips", "val_clips", "seed")}
+    key = {k: getattr(cfg, k) for k in ("scenarios", "clips", "val_clips", "seed")} | {"world": common.source_hash()}
     if rank == 0 and not (os.path.exists(path) and common.read_config(path) == key):
         made = simulate(cfg.scenarios, "train", cfg.clips, cfg.seed, device)
         val = simulate(cfg.scenarios, "val", cfg.val_clips, cfg.seed, torch.device("cpu"))     # few
         common.save_weights(path, made | {f"val_{k}": v for k, v in val.items()}, key)
-    if dist.is_initialized():
-        dist.barrier()
+    common.barrier()
     return common.read_weights(path)[0]
-
-
-def to_float(video):
-    return video.float() / 127.5 - 1
 
 
 def get_batch(cfg, data, step, rank, world):
@@ -508,7 +501,7 @@ def get_batch(cfg, data, step, rank, world):
     video, body = data["video"].transpose(1, 2)[where[0], where[1], :, where[2], where[3]], data["mask"][where] > 0
     # Dilated by one pixel and one frame: edges, and where a body just was or is about to be, are where ghosts appear.
     body = F.max_pool3d(body.float()[:, None], 3, stride=1, padding=1)               # (B, 1, T, S, S)
-    return to_float(video.movedim(-1, 1)).contiguous(), 1 + (cfg.body_weight - 1) * body, noise
+    return common.from_bytes(video.movedim(-1, 1)).contiguous(), 1 + (cfg.body_weight - 1) * body, noise
 
 
 @torch.no_grad()
@@ -516,7 +509,7 @@ def evaluate(model, data, device, rank, world):
     """Mean PSNR in dB over held-out clips, of whole frames and inside bodies; and the first four reconstructions."""
     total, shown = torch.zeros(3), None
     for i in range(rank * 4, len(data["val_video"]), world * 4):
-        video = to_float(data["val_video"][i:i + 4]).to(device)
+        video = common.from_bytes(data["val_video"][i:i + 4]).to(device)
         with common.autocast(device):
             recon = model.decode(model.encode(video))
         error = (recon - video).square().mean(1) / 4                                   # (B, T, H, W), for a range of 1
@@ -533,10 +526,10 @@ def evaluate(model, data, device, rank, world):
 def latent_stats(model, data, device, rank, world, clips=512):
     """Per-channel mean and standard deviation of the raw latent over training clips, as lists."""
     total = torch.zeros(3, model.config["z_dim"])
-    some = common.spread(len(data["video"]), clips)
+    some = common.evenly(len(data["video"]), clips)
     for index in some.split(8)[rank::world]:
         with common.autocast(device):
-            mu = model.moments(to_float(data["video"][index]).to(device))[0].cpu()
+            mu = model.moments(common.from_bytes(data["video"][index]).to(device))[0].cpu()
         total += torch.stack([mu.sum((0, 2, 3, 4)), mu.square().sum((0, 2, 3, 4)),
                               torch.full(mu.shape[1:2], mu[:, 0].numel())])
     s, s2, n = common.average(total, device).cpu()
@@ -562,13 +555,14 @@ def main():
         raw.config |= common.load_weights(raw, cfg.init_from)                          # its latent statistics, too
     folder = common.start_run(cfg, rank, f"out/{cfg.name}")
     out, log, state = cfg.out or f"{folder}/vae.safetensors", f"{folder}/metrics.jsonl", f"{folder}/state.safetensors"
-    data = common.at_hand(load_clips(cfg, rank, folder, device), device)
+    data = common.to_device_if_it_fits(load_clips(cfg, rank, folder, device), device)
 
     if cfg.decoder_only:
         raw.encoder.requires_grad_(False), raw.conv1.requires_grad_(False)
     raw.to(device)
     model = DistributedDataParallel(raw) if world > 1 else raw
     trained = [p for p in raw.parameters() if p.requires_grad]
+    # the norms' gains, (C, 1, 1, 1), are among Muon's: so the shipped weights were trained
     optimizers = [common.Muon([p for p in trained if p.ndim > 1], cfg.lr, 0.01),
                   torch.optim.AdamW([p for p in trained if p.ndim < 2], cfg.lr, betas=(0.9, 0.99), weight_decay=0.01)]
     start = common.load_state(state, {"model": raw}, *optimizers) if cfg.resume else 0
@@ -605,8 +599,7 @@ def main():
             if rank == 0:
                 common.log_line(log, entry)
                 bar.set_postfix(psnr=f"{-10 * math.log10(max(entry['mse'], 1e-9) / 4):.2f}")
-        late = 0 < cfg.max_minutes < (time.time() - begin) / 60
-        ending = stop.agreed(device) or common.average(float(late), device) > 0
+        ending = stop.agreed(device)
         if seen % cfg.eval_every == 0 or seen == cfg.steps or ending:
             if rank == 0:
                 common.save_state(state, seen, {"model": raw}, *optimizers)
@@ -615,12 +608,11 @@ def main():
             if rank == 0:
                 common.log_line(log, {"step": step, "val_psnr": whole, "val_psnr_body": inside})
                 bar.write(f"step {seen}: validation PSNR {whole:.2f} dB, inside bodies {inside:.2f} dB")
-                pairs = [v for i, r in enumerate(shown) for v in (to_float(data["val_video"][i]), r)]
+                pairs = [v for i, r in enumerate(shown) for v in (common.from_bytes(data["val_video"][i]), r)]
                 common.write_image(f"{folder}/{seen:06d}.png", common.sheet(list(map(common.to_uint8, pairs)), every=2))
         if ending:
             break
 
-    # A signal means "end now"; running out of time means "make the best of it".
     if stop.agreed(device):
         if rank == 0:
             print(f"stopped after {seen} steps; go on with --resume=True")
@@ -630,8 +622,6 @@ def main():
         if rank == 0:
             common.save_weights(out, raw, raw.config, torch.bfloat16)
             print(f"wrote {out} after {seen} steps")
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

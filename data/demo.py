@@ -22,7 +22,7 @@ from examples import SCENES, clip
 
 @dataclass
 class Config:
-    rows: str = f"{HERE}:{sample.DEFAULT_STAGE}"     # FOLDER:STAGE,... of weights, a row each
+    rows: str = f"{HERE}:3"     # FOLDER:STAGE,... of weights, a row each
     out: str = f"{HERE}/demo.gif"                  # .gif, .mp4 or .webp
 
 

@@ -15,8 +15,8 @@ trained. The others hold one such tensor a caption, and the captions; more are a
 serves all stages: as captions.safetensors in their --data, from where each takes it along, or as --text_emb=FILE.
 """
 import importlib
+import json
 import os
-import re
 import shlex
 import sys
 from dataclasses import dataclass
@@ -114,6 +114,10 @@ def embed(prompts, encoder, length=512, device="cpu"):
             model = official(f"{encoder}/{UMT5}", dtype, device)
         else:
             tokenizer = AutoTokenizer.from_pretrained(encoder, subfolder="tokenizer")
+            with open(f"{encoder}/text_encoder/config.json") as f:                   # another T5 would load as well
+                kind = json.load(f).get("model_type")
+            if kind != "umt5":
+                raise ValueError(f"text_encoder/config.json is of a {kind}")
             model = UMT5EncoderModel.from_pretrained(encoder, subfolder="text_encoder", torch_dtype=dtype).to(device)
     except (OSError, ValueError) as error:
         where = f"{UMT5} and google/umt5-xxl/" if own else "text_encoder/ and tokenizer/"

@@ -82,11 +82,15 @@ def main():
     out, weights = cfg.out or f"out/{cfg.model}_data", cfg.weights
     common.make_dir(out)
     if cfg.backbone:
-        here = os.path.exists(cfg.backbone) or cfg.backbone not in E.CONFIGS
-        path = cfg.backbone if here else download_backbone(name)
+        is_name = cfg.backbone in E.CONFIGS and not os.path.exists(cfg.backbone)
+        path = download_backbone(name) if is_name else cfg.backbone
         config = E.CONFIGS[name] | ({"input_size": cfg.input_size} if cfg.input_size else {})
-        backbone = E.load_phys_encoder(path, config=config | {"out_dim": 8}).backbone
-        common.save_weights(f"{out}/backbone.safetensors", backbone, config)
+        encoder = E.load_phys_encoder(path, config=config | {"out_dim": 8})
+        common.save_weights(f"{out}/backbone.safetensors", encoder.backbone, config)
+        if "depth_anything" in name:               # what sft.py --head_from may start from
+            encoder.start_head(path)
+            trunk = {k: v for k, v in encoder.head.state_dict().items() if k in encoder.trunk}
+            common.save_weights(f"{out}/depth_head.safetensors", trunk, config)
     else:
         with common.atomic(f"{out}/backbone.safetensors") as tmp:
             shutil.copy(f"{HERE}/data/backbone.safetensors", tmp)
@@ -101,7 +105,7 @@ def main():
     models = sample.load_published(weights, cfg.model, dtype=torch.bfloat16)
     common.save_weights(f"{out}/vae.safetensors", models.vae, models.vae.config)
     common.save_weights(f"{out}/dit.safetensors", models.dit, models.dit.config)
-    sample.carry_over(weights, out)                # captions are read by the umT5 that came with the model
+    sample.copy_weights(weights, out)                # captions are read by the umT5 that came with the model
     print(f"wrote vae, dit and backbone ({name}) to {out}/")
 
 

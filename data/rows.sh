@@ -3,19 +3,24 @@
 #     sh data/rows.sh table 0 1 2           # the nine rows of PhysMaster's Table 1 and their controls
 #     sh data/rows.sh encoder 0             # what makes the encoder matter; DINO=FILE adds a real DINOv2 ViT-S/14
 #     python eval.py --table --split=test   # how they all did
-# Rows of a seed share the base, Stage I and its pairs; all seeds share the clips. What is done is left alone, what was cut
-# off goes on. LAUNCH="torchrun --nproc_per_node=2" spreads the preference stages over processes. On a few cores it is
-# quicker to train two seeds beside each other, each with OMP_NUM_THREADS=1. GPU=1 runs Stage I as CUDA graphs.
+# Rows of a seed share the base, Stage I and its pairs; all seeds share the clips. What is done is left alone, what was
+# cut off goes on. ONLY="base row3 row6" trains those rows alone, of which a later one needs the earlier ones. LAUNCH=
+# "torchrun --nproc_per_node=2" spreads the preference stages over processes; on a few cores it is quicker to train two
+# seeds beside each other, each with OMP_NUM_THREADS=1. GPU=1 runs Stage I as CUDA graphs.
 set -e
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
 
+wanted() { case " ${ONLY:-$1} " in *" $1 "*) ;; *) return 1 ;; esac; }
+
 sft() {                                     # a run of Stage I: its name, then its flags
+    wanted "$1" || return 0
     name=rows/$seed/$1; shift
     [ -e "out/$name/dit.safetensors" ] || $python sft.py --resume=True --name="$name" --seed="$seed" \
         --steps=400 --eval_every=400 --warmup=50 --lr=1e-2 --adam_lr=4e-3 ${GPU:+--graphs=True} "$@"
 }
 dpo() {                                     # a run of preferences: its name, the file that ends it, then its flags
+    wanted "$1" || return 0
     name=rows/$seed/$1; last=$2; shift 2
     [ -e "out/$name/$last.safetensors" ] || ${LAUNCH:-$python} dpo.py --resume=True --name="$name" --seed="$seed" \
         --pairs=320 --steps=150 --eval_every=50 --eval_clips=80 "$@"
@@ -34,12 +39,12 @@ table() {
     dpo winners lora2 $I --stages=2 $one --beta=0                          # SFT on the winners alone
     dpo best lora2 $I $T                                                   # DPO, the truth a candidate
     [ "$seed" = 0 ] || return 0                                            # the rest is of less interest: one seed
-    dpo plain lora2 $I --stages=2 $one --sft=0                             # the paper's pairs and its loss alone
-    dpo truth lora2 $I $T --beta=0                                         # SFT of the LoRA on the truth
     dpo row7 head3 $I --stages=both                                        # 7: Stage I, DPO of both
     dpo row4 lora2 --data=$rows/row2 --pool=$rows/pairs2 --stages=2        # 4: row 2, DPO of the DiT
     dpo row9 head3 $I --stages=2,both                                      # 9: Stage II, DPO of both
-    sft row2_more --init_from=$rows/row2/dit.safetensors --phys=False $truth                     # row 4's control
+    sft row2_more --init_from=$rows/row2/dit.safetensors --phys=False $truth        # row 4's control
+    dpo plain lora2 $I --stages=2 $one --sft=0                             # the paper's pairs and its loss alone
+    dpo truth lora2 $I $T --beta=0                                         # SFT of the LoRA on the truth
 }
 
 encoder() {
@@ -55,14 +60,16 @@ encoder() {
     }
     sft random $from --foretell=False --data=out/random
     [ -e out/depth/readout.safetensors ] || {                               # one that knows depth, as PhysMaster's does
-        $python encoder.py --name=depth --resume=True --depth_only=True --batch=18   # as many FLOPs: 36 = 32 (1 + 1/8)
+        # as many FLOPs as encoder.py's default, not as the shipped backbone: 2 x 18 = 32 (1 + 1/8)
+        $python encoder.py --name=depth --resume=True --depth_only=True --batch=18
         $python -c 'import shutil; shutil.copy("data/vae.safetensors", "out/depth")'
     }
     sft depth $from --foretell=False --data=out/depth
     sft depth_foretold $from --data=out/depth
     if [ -n "$DINO" ]; then
         [ -e out/dino/readout.safetensors ] || {
-            $python data/fetch.py --model=nano --backbone="$DINO" --encoder=dinov2_vits14 --input_size=112 --out=out/dino
+            $python data/fetch.py --model=nano --backbone="$DINO" --encoder=dinov2_vits14 --input_size=112 \
+                --out=out/dino
             $python encoder.py --name=dino --scenes=6400 --backbone=out/dino/backbone.safetensors
         }
         sft dino $from --foretell=False --data=out/dino
@@ -80,7 +87,7 @@ encoder() {
 
 case "$1:$2" in
     table:[0-9]* | encoder:[0-9]*) what=$1; shift ;;
-    *) echo "error: data/rows.sh $*: expected table or encoder and training seeds, as in: sh data/rows.sh table 0 1 2" >&2
+    *) echo "error: data/rows.sh $*: expected table or encoder and training seeds, for example table 0 1 2" >&2
        exit 2 ;;
 esac
 truth="--steps=360 --eval_every=360 --lr=2e-3 --adam_lr=1e-3"              # going on with it, see table

@@ -58,13 +58,21 @@ def dit_to_diffusers(path, out, lora=""):
     of what had to stay behind."""
     from diffusers import WanTransformer3DModel
     tensors, c = common.read_weights(path)
-    low, said = common.read_weights(lora) if lora else ({}, {})
-    for name in (k.removesuffix("lora_A") for k in low if k.endswith("lora_A")):
-        weight = tensors[f"{name}weight"]
-        step = said["alpha"] / said["rank"] * low[f"{name}lora_B"].float() @ low[f"{name}lora_A"].float()
-        tensors[f"{name}weight"] = (weight.float() + step).to(weight.dtype)
     if "num_layers" not in c or c["text"] != "features":
         raise InputError(f"{path}: expected a DiT of ours that reads text features; nano's byte encoder is not in Wan")
+    low, said = common.read_weights(lora) if lora else ({}, dict(rank=1))
+    names = [k.removesuffix("lora_A") for k in low if k.endswith("lora_A")]
+    if "rank" not in said or not {f"{name}weight" for name in names} <= tensors.keys():
+        raise InputError(f"{lora} is not a LoRA of {path}; expected the lora2.safetensors of a run of dpo.py on it")
+    for name in names:
+        weight = tensors[f"{name}weight"]
+        step = said["alpha"] / said["rank"] * low[f"{name}lora_B"].float() @ low[f"{name}lora_A"].float()
+        if step.shape != weight.shape:
+            raise InputError(f"{lora} is not a LoRA of {path}: {name}weight is {tuple(weight.shape)}, its step "
+                             f"{tuple(step.shape)}")
+        tensors[f"{name}weight"] = (weight.float() + step).to(weight.dtype)
+    if lora:
+        print(f"with {lora} added to it")
     with torch.device("meta"):
         theirs = WanTransformer3DModel(
             patch_size=(1, 2, 2), num_attention_heads=c["num_heads"], attention_head_dim=c["dim"] // c["num_heads"],
