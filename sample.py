@@ -272,7 +272,7 @@ class Config:
     model: str = "nano"             # nano, wan5b or wan1.3b (better: --preset=wan5b, which sets sizes and steps, too)
     weights: str = ""               # Wan: the folder of the published files
     text_emb: str = ""              # Wan: the prompt's embeddings, a file of data/embed_text.py, in place of --prompt
-    negative: str = ""              # Wan: what shall not be seen
+    negative: str = ""              # Wan: what the video should not show
     chunk: int = 0                  # latent frames that the VAE decodes at a time; 0 is all at once
     ckpt: str = ""                  # another DiT file
     head: str = ""                  # another physical head
@@ -334,7 +334,7 @@ def main():
     if features and not cfg.text_emb:              # before the DiT takes the memory
         from data.embed_text import embed
         if not prompt.strip():
-            print('no prompt: the video follows the image alone; --prompt="a ball falls" would say what shall happen')
+            print('no prompt: the video follows the image alone; --prompt="a ball falls" would say what should happen')
         texts = embed([prompt, cfg.negative], cfg.weights or cfg.data, device=device)
     elif features:
         texts, prompt = read_text(cfg.text_emb), cfg.text_emb

@@ -2751,9 +2751,14 @@ def test_dpo_runs_and_resumes(tmp_path, monkeypatch):
     one, other = ((tmp_path / f"out/{pool}/0000.safetensors").read_bytes() for pool in ("kept", "pairs"))
     assert one == other
     assert not (tmp_path / "out/pool").exists()
-    two_ranks(f"{HERE}/dpo.py", *tiny, "--name=ranks", "--steps=1", cwd=tmp_path)
+    # two ranks, pair by pair: the gradients of one
+    two_ranks(f"{HERE}/dpo.py", *tiny, "--name=ranks", "--steps=1", "--in_turn=True", cwd=tmp_path)
     ranks = [json.loads(line) for line in open(tmp_path / "out/ranks/metrics2.jsonl")]
     assert next(e for e in ranks if "loss" in e)["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    run("dpo.py", *tiny, "--name=one", "--steps=1", "--stages=2", cwd=tmp_path)
+    one, two = (read_all(tmp_path / f"out/{name}/state2.safetensors") for name in ("one", "ranks"))
+    slopes = [k for k in one if k.endswith("exp_avg") and one[k].abs().max() > 0]
+    assert slopes and all((one[k] - two[k]).norm() <= 0.05 * one[k].norm() for k in slopes)
     # what a run folder has is what is sampled
     for folder, stage in (("five", 2), ("head", "head"), ("a", 3)):
         said = run("sample.py", f"{HERE}/data/drop.png", f"--data=out/{folder}", "--steps=1", "--out=x.gif",
