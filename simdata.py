@@ -191,13 +191,13 @@ def principal_inertia(shape, h, mass):
 def bodies(shape, half_extents, material, position, rotation, alive, hue, tone, falls, normal=None, dynamic=None):
     """Fill in what follows from shape, size and material. All (B, N, ...); -> the scene dict that simulate() takes.
 
-    falls: what is to be judged, because it moves or might. normal (B, N, 3): of what a body lies on, zero in the air;
-    default: the floor's, unless it falls. dynamic: all, by default; what is not is a part of the world."""
+    falls: what is to be judged, because it moves or might. normal (B, N, 3): of what a body lies on, 0 in the air; by
+    default the floor's. dynamic: all, by default; what is not is a part of the world."""
     table = torch.tensor([m[:3] for m in MATERIALS.values()], device=shape.device)
     density, restitution, friction = table[material].unbind(-1)                                     # (B, N)
     zeros = torch.zeros_like(position)
     if normal is None:
-        normal = torch.tensor([0.0, 0.0, 1.0], device=shape.device) * ~falls[..., None]
+        normal = torch.tensor([0.0, 0.0, 1.0], device=shape.device).expand_as(position)
     rgb = ((hue[..., None] / 60 + torch.tensor([5.0, 3.0, 1.0], device=hue.device)) % 6)            # HSV to RGB
     rgb = tone[..., :1] * (1 - tone[..., 1:] * torch.minimum(rgb, 4 - rgb).clamp(0, 1))
     return dict(shape=shape, half_extents=half_extents, material=material, position=position, rotation=rotation,
@@ -254,22 +254,28 @@ def drop(draw, unseen):
     """PISA's proxy task: one to three bodies, dropped from rest at 0.3 to 1.2 m or resting on the floor to be hit.
 
     unseen: sizes and heights outside the training range, both, and combinations of shape and material."""
-    N, A = 3, 24                                   # bodies, and attempts to place them: the first valid one is taken
-    B, device = draw.key.shape[0], draw.key.device
-
+    N = 3
     # what meets is hard to learn, what falls alone is easy: one trains on more crowded scenes than one is judged by
     two, three = (0.10, 0.45) if draw.split == "train" else (0.35, 0.75)
     count = 1 + (draw("count", 1) > two).int() + (draw("count", 1) > three)                         # (B, 1)
+    alive = torch.arange(N, device=count.device) < count                                            # (B, N)
     material = (draw("material", N) * len(MATERIALS)).long()
     shape = any_of((SPHERE, BOX), draw, "shape", material, unseen)
-    hues = torch.tensor([m[3] for m in MATERIALS.values()], dtype=torch.float32, device=device)[material]  # (B, N, 2)
     small = draw("small", N) < 0.5
     size = torch.where(small, draw.uniform("size", 0.13, 0.155, N), draw.uniform("size", 0.245, 0.27, N)) if unseen \
         else draw.uniform("size", 0.17, 0.23, N)
     aspect = draw.uniform("aspect", 0.65, 1.0, N, 3)
-    half_extents = size[..., None] * torch.where(shape[..., None] == SPHERE, torch.ones_like(aspect), aspect * 0.95)
-    bound = torch.where(shape == SPHERE, size, half_extents.norm(dim=-1))                                # (B, N)
+    half = size[..., None] * torch.where(shape[..., None] == SPHERE, torch.ones_like(aspect), aspect * 0.95)
+    position, rotation, hue, falls, alive = scatter(draw, shape, size, half, material, alive, unseen)
+    floor = torch.tensor([0.0, 0.0, 1.0], device=half.device)
+    return bodies(shape, half, material, position, rotation, alive, hue, tones(draw, N), falls,
+                  normal=floor * ~falls[..., None])
 
+
+def scatter(draw, shape, size, half_extents, material, alive, unseen, attempts=24):
+    """Where drop's bodies are: the first of A attempts in which they neither touch, nor hide each other, nor look alike
+    -> position (B, N, 3), rotation (B, N, 4), hue (B, N), which fall, and which of `alive` there is room for."""
+    (B, N), A, device = shape.shape, attempts, shape.device
     low = draw("low", A, N) < 0.5
     height = torch.where(low, draw.uniform("height", 0.15, 0.3, A, N), draw.uniform("height", 1.2, 1.3, A, N)) \
         if unseen else draw.uniform("height", 0.3, 1.2, A, N)
@@ -287,20 +293,20 @@ def drop(draw, unseen):
                         (quat_to_matrix(rotation)[..., 2, :].abs() * half_extents[:, None]).sum(-1))  # (B, A, N)
     position = torch.cat([spot, (reach + torch.where(falls, height, 0.0))[..., None]], -1)          # (B, A, N, 3)
 
-    alive = torch.arange(N, device=device) < count                                                  # (B, N)
+    bound = torch.where(shape == SPHERE, size, half_extents.norm(dim=-1))                           # (B, N)
     i, j = torch.triu_indices(N, N, 1, device=device)
     gap = position[:, :, i] - position[:, :, j]                                                     # (B, A, P, 3)
     together = (bound[:, i] + bound[:, j])[:, None]
     apart = (gap.norm(dim=-1) > 1.05 * together) & (gap[..., [0, 2]].norm(dim=-1) > 0.8 * together)  # nobody hidden
     # two bodies of one scene differ clearly in hue, so that a parser can tell them apart
+    hues = torch.tensor([m[3] for m in MATERIALS.values()], dtype=torch.float32, device=device)[material]  # (B, N, 2)
     hue = hues[..., 0][:, None] + draw("hue", A, N) * (hues[..., 1] - hues[..., 0])[:, None]        # (B, A, N)
     turn = (hue[..., i] - hue[..., j] + 180) % 360 - 180
     valid = ((apart & (turn.abs() > 35)) | ~(alive[:, i] & alive[:, j])[:, None]).all(-1)           # (B, A)
     first = valid.float().argmax(1)                # (B,) index of the first valid attempt ...
-    alive &= valid.any(1, keepdim=True) | (torch.arange(N, device=device) == 0)      # ... else the first body alone
+    alive = alive & (valid.any(1, keepdim=True) | (torch.arange(N, device=device) == 0))            # ... else one body
     pick = lambda x: x[torch.arange(B, device=device), first]
-    return bodies(shape, half_extents, material, pick(position), pick(rotation), alive,
-                  pick(hue) % 360, tones(draw, N), pick(falls))
+    return pick(position), pick(rotation), pick(hue) % 360, pick(falls), alive
 
 
 def ramp(draw, angle):
@@ -407,8 +413,7 @@ def support(draw, unseen):
     rotation = yaw_quat(draw.uniform("yaw", -0.3, 0.3, N))
     alive = torch.arange(N, device=wide.device) < count
     alive = alive.expand_as(wide).contiguous()
-    return bodies(shape, half, material, torch.cat([xy, z[..., None]], -1), rotation, alive, hue, tone, alive,
-                  torch.tensor([0.0, 0.0, 1.0], device=wide.device).expand(*wide.shape, 3))
+    return bodies(shape, half, material, torch.cat([xy, z[..., None]], -1), rotation, alive, hue, tone, alive)
 
 
 def dominoes(draw, unseen):
@@ -437,7 +442,7 @@ def dominoes(draw, unseen):
     position[:, 0, 2] = 0.04 * lean.sin() + high[:, 0] * lean.cos()
     position[..., 0] *= side
     return bodies(torch.full_like(material, BOX), half, material, position, tilt_quat(turn * side), alive, hue, tone,
-                  alive, torch.tensor([0.0, 0.0, 1.0], device=hue.device).expand(*hue.shape, 3))
+                  alive)
 
 
 SCENARIOS = {"drop": drop, "collide": collide, "roll": roll, "support": support, "dominoes": dominoes}
