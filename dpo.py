@@ -343,7 +343,7 @@ def load_pairs(cfg, models, pool, rank):
         keep = chosen(notes, cfg.best_only, cfg.mirror, cfg.truth)
         parts.append({k: tensors[k][keep] for k in ("first", "winner", "loser", "photo", "text")})
         lines.extend(notes[i] for i in keep)
-    if len(set(common.gather(len(lines)))) > 1:
+    if any(other != shards_of(pool) for other in common.gather(shards_of(pool))):
         raise common.InputError(f"{pool} is not the same folder on all machines; expected one that they share")
     if not lines:
         raise common.InputError(f"{pool} holds no pairs" + (

@@ -214,7 +214,7 @@ def make_pool(cfg, vae, form, shards, folder, device, rank, world):
     if not there:
         raise common.InputError(f"{cfg.folder}: none of its {len(folder)} clips can be read"
                                 + "".join(f": {why}" for why in folder.broken[-1:]))
-    if len(set(common.gather(len(there)))) > 1:
+    if any(other != there for other in common.gather(there)):
         raise common.InputError(f"{cfg.pool} is not the same folder on all machines; expected one that they share")
     worlds = {common.read_config(path).get("world", world_now) for path in there}
     if not cfg.folder and rank == 0 and worlds != {world_now}:
