@@ -2,6 +2,7 @@
 The few things that turn into a silent bug when two copies of them disagree: config, device and DDP set-up,
 seeds, checkpoints, media files. Nothing here knows about physics or networks.
 """
+import atexit
 import contextlib
 import ctypes
 import dataclasses
@@ -41,23 +42,31 @@ def out_of_memory(error):
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
+CODE = [0]                                         # the exit code, see run and in_background
+
+
 def run(main):
     """Call main(); an InputError becomes one line on stderr and exit code 2, never a traceback."""
+    def end(code):
+        CODE[0] = code
+        sys.exit(code)
+    CODE[0] = 1                                    # of a traceback
     try:
         main()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        end(2)
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
         print(f"error: out of memory: {str(error).splitlines()[0][:200]} Fewer frames, smaller sides, fewer clips at a "
               "time (--n, --batch, --chunk) need less; in training --checkpointing=True does, and in dpo.py "
               "--in_turn=True", file=sys.stderr)
-        sys.exit(2)
+        end(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        end(130)
+    CODE[0] = 0
     if dist.is_initialized():
         dist.destroy_process_group()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:   # all is written; a thread that NCCL or gloo leaves behind can still
@@ -329,7 +338,14 @@ def in_background(function, *args):
             future.set_result(function(*args))
         except BaseException as error:
             future.set_exception(error)
-    threading.Thread(target=work, daemon=True).start()
+
+    def leave():                                   # in the middle of torch it would crash Python's end
+        if thread.is_alive():
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(CODE[0])
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    atexit.register(leave)
     return future
 
 

@@ -2310,6 +2310,30 @@ def test_no_process_outlives_the_one_that_started_it(tmp_path):
     assert len(children) >= 2 and not alive()
 
 
+@pytest.mark.parametrize("ends, code", [("raise common.InputError('no')", 2), ("pass", 0)])
+def test_a_thread_at_work_does_not_spoil_the_end(tmp_path, ends, code):
+    """Who is refused or stopped while val scenes are made beside it ends with the code that says so, and no abort."""
+    (tmp_path / "busy.py").write_text(f"""
+import sys, time
+sys.path.insert(0, {HERE!r})
+import torch
+import common
+
+def work():
+    x = torch.rand(300, 300)
+    while True:
+        x = (x @ x).tanh()
+
+def main():
+    common.in_background(work)
+    time.sleep(0.3)
+    {ends}
+common.run(main)
+""")
+    done = subprocess.run([sys.executable, "busy.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == code and done.stderr.count("\n") == (code > 0), done.stderr
+
+
 def test_clips_made_side_by_side_are_the_same(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
     both = list(common.side_by_side(V.clips, [("drop", "val", 2, 0, 0), ("drop", "val", 1, 0, 2)]))
@@ -3074,14 +3098,15 @@ def test_published_files_are_downloaded(tmp_path, monkeypatch):
     monkeypatch.setitem(E.CONFIGS, "depth_anything_v2_vits", small)
     monkeypatch.setitem(V.CONFIGS, "wan2.1", V.CONFIGS["wan2.1"] | dict(dim=8, decoder_dim=8))
     torch.manual_seed(0)
-    dit, vae, backbone = tiny_dit(in_dim=16, out_dim=16), V.VideoVAE(V.CONFIGS["wan2.1"]), E.DINOv2(small)
+    dit, vae, model = tiny_dit(in_dim=16, out_dim=16), V.VideoVAE(V.CONFIGS["wan2.1"]), E.DepthAnything(small)
+    backbone = model.pretrained
     wan, depth = tmp_path / "hub/Wan-AI/Wan2.1-T2V-1.3B", tmp_path / "hub/depth-anything/Depth-Anything-V2-Small"
     for folder in (wan / "google/umt5-xxl", wan / "assets", depth):
         folder.mkdir(parents=True)
     common.save_weights(wan / "diffusion_pytorch_model.safetensors", dit, {})
     (wan / "config.json").write_text(json.dumps({k: v for k, v in dit.config.items() if k not in ("text", "phys")}))
     torch.save(vae.state_dict(), wan / "Wan2.1_VAE.pth")
-    torch.save(backbone.state_dict(), depth / "depth_anything_v2_vits.pth")
+    torch.save(model.state_dict(), depth / "depth_anything_v2_vits.pth")
     for name in ("assets/logo.png", "README.md", sample.UMT5, "google/umt5-xxl/spiece.model"):
         (wan / name).write_text("")
 
@@ -3103,6 +3128,9 @@ def test_published_files_are_downloaded(tmp_path, monkeypatch):
         got = read_all(tmp_path / f"got/{name}.safetensors")
         assert got.keys() == module.state_dict().keys(), name
         assert all((got[k] - v).abs().max() <= 0.01 * v.abs().max() for k, v in module.state_dict().items()), name
+    encoder = E.load_phys_encoder(str(tmp_path / "got/backbone.safetensors"), config={"out_dim": 8})
+    encoder.start_head(str(tmp_path / "got/depth_head.safetensors"))                 # where Depth Anything's ends
+    assert torch.equal(encoder.head.projects[0].weight, model.depth_head.projects[0].weight)
     refused("data/fetch.py", "--model=wan5b", "--out=no", cwd=tmp_path,
             says="Wan-AI/Wan2.2-TI2V-5B cannot be downloaded: 404 Client Error; or give a folder that holds it")
     refused("data/fetch.py", "--model=wan5b", "--weights=cache/Wan-AI/Wan2.1-T2V-1.3B", "--out=no", cwd=tmp_path,
@@ -3313,7 +3341,7 @@ def test_bad_input_is_refused(tmp_path):
         assert done.returncode == 2 and re.fullmatch("error: .*expected FOLDER:STAGE.*\n", done.stderr)
     refused("eval.py", "--scenarios=drop,fly", cwd=tmp_path, says="'fly' is unknown")
     refused("sft.py", "--scenarios=drop,fly", cwd=tmp_path, says="'fly' is unknown")
-    refused("eval.py", "--split=train", cwd=tmp_path, says="val or test")
+    refused("eval.py", "--split=train", cwd=tmp_path, says="one of val, test")
     refused("dpo.py", "--stages=4", cwd=tmp_path, says="expected one of 2, 3, head, both, 2,3, 2,both")
     refused("dpo.py", "--stages=3,2", cwd=tmp_path, says="expected one of 2, 3, head, both, 2,3, 2,both")
     refused("sft.py", "--batch=5", "--accumulate=2", cwd=tmp_path, says="multiple")

@@ -88,9 +88,12 @@ def main():
         encoder = E.load_phys_encoder(path, config=config | {"out_dim": 8})
         common.save_weights(f"{out}/backbone.safetensors", encoder.backbone, config)
         if "depth_anything" in name:               # what sft.py --head_from may start from
-            encoder.start_head(path)
-            trunk = {k: v for k, v in encoder.head.state_dict().items() if k in encoder.trunk}
-            common.save_weights(f"{out}/depth_head.safetensors", trunk, config)
+            try:
+                encoder.start_head(path)
+                trunk = {k: v for k, v in encoder.head.state_dict().items() if k in encoder.trunk}
+                common.save_weights(f"{out}/depth_head.safetensors", trunk, config)
+            except InputError as error:
+                print(f"without a start for the head: {error}")
     else:
         with common.atomic(f"{out}/backbone.safetensors") as tmp:
             shutil.copy(f"{HERE}/data/backbone.safetensors", tmp)
