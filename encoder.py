@@ -4,7 +4,7 @@ trainable "physical head" (the trunk of Depth Anything's DPT) turns its features
 
     python encoder.py                     # pretrain the nano backbone on the simulator's truth, two CPU cores
     python encoder.py --resume=True       # go on after a stop, bit-exactly
-    python encoder.py --backbone=out/dino/backbone.safetensors --scenes=6400    # fit a readout alone, to data/fetch.py's
+    python encoder.py --backbone=out/dino/backbone.safetensors --scenes=6400    # only a readout, to data/fetch.py's
     torchrun --nproc_per_node=8 encoder.py --batch=256 --steps=20000 --scenes=100000
 
 writes out/encoder/backbone.safetensors (config inside), readout.safetensors, depth_head.safetensors, metrics.jsonl and

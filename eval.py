@@ -106,7 +106,7 @@ def pisa(pred, true):
             far = torch.cdist(p, t, compute_mode="donot_use_mm_for_euclid_dist")                    # (P, P')
             l2.append((p.mean(0) - t.mean(0)).abs().mean() / scale)
             chamfer.append((far.amin(1).mean() + far.amin(0).mean()) / scale)
-    union, both = (x.flatten(1).sum(1) for x in (pred | true, pred & true))                       # (T,)
+    union, both = (x.flatten(1).sum(1) for x in (pred | true, pred & true))                         # (T,)
     iou = torch.where(union > 0, both / union.clamp_min(1), 1.0).mean().item()
     mean = lambda x: torch.stack(x).mean().item() if x else math.nan
     return dict(l2=mean(l2), chamfer=mean(chamfer), iou=iou)
@@ -245,12 +245,13 @@ def collision_laws(c, c_true, batch):
 
 def penetration(c, c_true, radius, counts):
     """How far bodies are inside each other -> (B,): of pairs that are judged, the share of both radii by which found
-    centres come closer than 0.7 of them, or than in the truth if that is less. radius (B, N) px, apparent."""
+    centres come closer than 0.7 of them, or than in the truth if that is less; a lost body is as deep inside as can be.
+    radius (B, N) px, apparent."""
     N = c.shape[2]
     i, j = torch.triu_indices(N, N, 1, device=c.device)
     both, far, far_true = radius[:, None, i] + radius[:, None, j], *((x[:, :, i] - x[:, :, j]).norm(dim=-1)
                                                                     for x in (c, c_true))           # (B, T, pairs)
-    inside = (torch.minimum(0.7 * both, far_true) - far).clamp_min(0) / both
+    inside = (torch.minimum(0.7 * both, far_true) - far.nan_to_num(0)).clamp_min(0) / both
     inside = inside.masked_fill(~(counts[:, :, i] & counts[:, :, j]), torch.nan)
     return inside.flatten(1).nanmean(1)
 
