@@ -609,13 +609,13 @@ def sampling(cfg, device):
     plain = sample.Models(models.vae, None, models.dit)
     # a picture of the world: of noise the encoder would foretell bodies everywhere
     image, photo = (common.read_image(f"{cfg.data}/drop.png", size)[0][None].to(device) for size in (64, 112))
-    ratios = []
-    for _ in range(cfg.repeat):                    # in turn: whatever else the machine does slows both
-        with_encoder, _ = median(lambda: sample.generate(models, image, ["a ball"], [0], photo=photo), 3, device)
-        without, _ = median(lambda: sample.generate(plain, image, ["a ball"], [0]), 3, device)
-        ratios.append(with_encoder / without)
-    print(f"sampling one clip, 12 steps: {with_encoder:.2f} s; "
-          f"the encoder and its tokens cost {100 * (statistics.median(ratios) - 1):.0f} %")
+    took = [], []
+    for i in range(4 * cfg.repeat + 1):            # in turn: whatever else the machine does slows both
+        for row, some, look in zip(took, (models, plain), (photo, None)):
+            t, _ = once(lambda: sample.generate(some, image, ["a ball"], [0], photo=look), device)
+            row.append(t)
+    slow, fast = (statistics.median(row[1:]) for row in took)                          # the first warms up
+    print(f"sampling one clip, 12 steps: {slow:.2f} s; the encoder and its tokens cost {100 * (slow / fast - 1):.0f} %")
 
 
 class Alive(TorchDispatchMode):

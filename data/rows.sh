@@ -38,11 +38,11 @@ table() {
     sft more --init_from=$rows/row3/dit.safetensors $truth
     dpo winners lora2 $I --stages=2 $one --beta=0                          # SFT on the winners alone
     dpo best lora2 $I $T                                                   # DPO, the truth a candidate
+    dpo row4 lora2 --data=$rows/row2 --pool=$rows/pairs2 --stages=2        # 4: row 2, DPO of the DiT
+    sft row2_more --init_from=$rows/row2/dit.safetensors --phys=False $truth        # row 4's control
     [ "$seed" = 0 ] || return 0                                            # the rest is of less interest: one seed
     dpo row7 head3 $I --stages=both                                        # 7: Stage I, DPO of both
-    dpo row4 lora2 --data=$rows/row2 --pool=$rows/pairs2 --stages=2        # 4: row 2, DPO of the DiT
     dpo row9 head3 $I --stages=2,both                                      # 9: Stage II, DPO of both
-    sft row2_more --init_from=$rows/row2/dit.safetensors --phys=False $truth        # row 4's control
     dpo plain lora2 $I --stages=2 $one --sft=0                             # the paper's pairs and its loss alone
     dpo truth lora2 $I $T --beta=0                                         # SFT of the LoRA on the truth
 }
@@ -54,12 +54,12 @@ encoder() {
     sft paper $from --foretell=False
     dpo paper_dpo head3 --data=$rows/paper --pool=$rows/pairs_paper        # and its Stages II and III
     sft paper_more --init_from=$rows/paper/dit.safetensors --foretell=False $truth               # and their control
-    [ -e out/random/vae.safetensors ] || {                                 # a backbone that was never trained
+    ! wanted random || [ -e out/random/vae.safetensors ] || {              # a backbone that was never trained
         $python encoder.py --name=random --scenes=6400 --steps=1 --lr=0 --adam_lr=0
         $python -c 'import shutil; shutil.copy("data/vae.safetensors", "out/random")'
     }
     sft random $from --foretell=False --data=out/random
-    [ -e out/depth/readout.safetensors ] || {                               # one that knows depth, as PhysMaster's does
+    ! wanted depth || [ -e out/depth/vae.safetensors ] || {                # one that knows depth, as PhysMaster's does
         # as many FLOPs as encoder.py's default, not as the shipped backbone: 2 x 18 = 32 (1 + 1/8)
         $python encoder.py --name=depth --resume=True --depth_only=True --batch=18
         $python -c 'import shutil; shutil.copy("data/vae.safetensors", "out/depth")'
@@ -67,7 +67,7 @@ encoder() {
     sft depth $from --foretell=False --data=out/depth
     sft depth_foretold $from --data=out/depth
     if [ -n "$DINO" ]; then
-        [ -e out/dino/readout.safetensors ] || {
+        ! wanted dino || [ -e out/dino/readout.safetensors ] || {
             $python data/fetch.py --model=nano --backbone="$DINO" --encoder=dinov2_vits14 --input_size=112 \
                 --out=out/dino
             $python encoder.py --name=dino --scenes=6400 --backbone=out/dino/backbone.safetensors
