@@ -533,7 +533,7 @@ def beside_diffusers(cfg, device, compiled=False):
         common.load_weights(ours, "out/bench_dit.safetensors", dtype, device)
         peer.to(device, dtype)
         for model in (ours, peer) if compiled else ():
-            model.compile()
+            model.compile(dynamic=False)           # guidance doubles our batch, and kernels for any batch are slow
         draw = lambda *shape: torch.randn(*shape, device=device)
         x, image, t, text, null = draw(B, 16, 7, 8, 8), draw(B, 16, 1, 8, 8), torch.rand(B, device=device), *(
             draw(B, 32, 128) for _ in range(2))

@@ -574,6 +574,10 @@ ROWS = {"1 base": ("base", 1, None),
         "tiny DiT: none": ("tiny_plain", 1, "2 SFT DiT"),
         "tiny DiT: the paper's": ("tiny_paper", 1, "tiny DiT: none"),
         "tiny DiT: foretelling": ("tiny_foretold", 1, "tiny DiT: none")}
+# Preferences against as many passes through the DiT on truth, which a simulator has for nothing
+CONTROLS = {"4 SFT DiT, DPO DiT": "SFT DiT goes on with truth",
+            "5 Stage I, DPO DiT (Stage II)": "Stage I goes on with truth",
+            "encoder: the paper's, Stage II": "encoder: the paper's, goes on with truth"}
 ENDS = {1: "dit", 2: "lora2", 3: "head3", "head": "head3"}                           # a row's last file
 
 
@@ -691,33 +695,36 @@ def table_one(cfg, places, options, device, rank):
     less = lambda a, b: lambda s, w, k: scores[a][s][w][k] - scores[b][s][w][k]
     one = next(row for row, (folder, _, _) in ROWS.items() if folder == "row3")
     best = f"{one}, oracle best of 4"
+    shared_by = lambda row, other: {s: v for s, v in scores.get(row, {}).items() if s in scores.get(other, {})}
     for row, (_, _, parent) in ROWS.items():
-        both = {s: parts for s, parts in scores.get(row, {}).items() if s in scores.get(parent, {})}
-        if both:
-            result[f"{row} - {parent}, paired"] = pooled(both, less(row, parent))
+        for other in (parent, CONTROLS.get(row)):
+            if both := shared_by(row, other):
+                result[f"{row} - {other}, paired"] = pooled(both, less(row, other))
         # what choosing among four samples of Stage I could gain is a gap; how much of it has been closed
-        some = {s: parts for s, parts in both.items() if s in scores.get(best, {})}
+        some = {s: v for s, v in shared_by(row, parent).items() if s in scores.get(best, {})}
         if some and one in (parent, ROWS.get(parent, [None] * 3)[2]):
             result[f"{row}, of the gap"] = pooled(some, less(one, row), less(one, best))
     return result
 
 
 def brief(result):
-    """What table_one returns -> a short markdown table: a line a row, beside it the difference to its parent."""
+    """What table_one returns -> a short markdown table: a line a row, beside it the differences to its parent and to
+    its control."""
     def cell(row, split, metric, digits=4):
         m = result.get(row, {}).get(split, {}).get(metric, dict(n=0))
         return f"{m['mean']:.{digits}f} ± {(m['high'] - m['low']) / 2:.{digits}f}" if m["n"] else "-"
-    lines = ["| row | seeds | traj_l2 seen | unseen | average | to its parent, seen | unseen | PISA L2/CD/IoU, average "
-             "| vanish | PSNR | of the gap to best of 4, average |", "|" + "---|" * 11]
+    lines = ["| row | seeds | traj_l2 seen | unseen | average | to its parent, seen | unseen | to truth at equal cost, "
+             "seen | unseen | PISA L2/CD/IoU, average | vanish | PSNR | of the gap to best of 4, average |",
+             "|" + "---|" * 13]
     for row, splits in result.items():
         if row.endswith((", paired", ", of the gap")):
             continue
-        paired = next((k for k in result if k.startswith(f"{row} - ")), "")
+        to = [f"{row} - {other}, paired" for other in (ROWS.get(row, [None] * 3)[2], CONTROLS.get(row))]
         pisa = "/".join(f"{splits['average'][f'pisa_{k}']['mean']:.{d}f}" for k, d in
                         (("l2", 4), ("chamfer", 3), ("iou", 3)))
         lines.append("| " + " | ".join([row, str(splits["seen"]["traj_l2"]["seeds"]),
                                         *(cell(row, s, "traj_l2") for s in ("seen", "unseen", "average")),
-                                        *(cell(paired, s, "traj_l2") for s in ("seen", "unseen")), pisa,
+                                        *(cell(pair, s, "traj_l2") for pair in to for s in ("seen", "unseen")), pisa,
                                         cell(row, "average", "vanish", 3), cell(row, "average", "psnr", 1),
                                         cell(f"{row}, of the gap", "average", "traj_l2", 2)]) + " |")
     return "\n".join(lines)

@@ -3029,8 +3029,9 @@ def test_told_the_truth():
 @slow
 def test_table_of_rows(tmp_path):
     """Rows of two training seeds: differences are paired by seed and clip, and what was drawn is kept."""
-    for seed, folder in ((0, "row3"), (0, "row6"), (1, "row3"), (0, "winners")):
+    for seed, folder in ((0, "row3"), (0, "row6"), (1, "row3"), (0, "winners"), (0, "row8"), (0, "more")):
         shutil.copytree(f"{HERE}/data", tmp_path / f"out/rows/{seed}/{folder}")
+    os.remove(tmp_path / "out/rows/0/row8/head3.safetensors")                        # row 5 alone, no row 8
     tuned = common.read_weights(f"{HERE}/data/lora2.safetensors")                    # one that kept its beginning
     common.save_weights(str(tmp_path / "out/rows/0/winners/lora2.safetensors"),
                         {k: v * ("lora_A" in k) for k, v in tuned[0].items()}, tuned[1])
@@ -3045,7 +3046,7 @@ def test_table_of_rows(tmp_path):
     assert f"| {six} | 1 |" in done.stdout and "truth re-parsed" in table and f"{one}, oracle best of 4" in table
     # the same weights need no drawing, and have the same scores
     assert [line for line in done.stdout.splitlines() if line.startswith("judging")] == [
-        f"judging roll, {split}: {n} rows" for split in ("seen", "unseen") for n in (2, 1)]
+        f"judging roll, {split}: {n} rows" for split in ("seen", "unseen") for n in (2, 2)]
     same = table[f"Stage I, SFT on winners - {one}, paired"]["average"]
     assert same["psnr"]["n"] and all(gain["mean"] == 0 for gain in same.values() if gain["n"])
     kept = [common.read_weights(str(tmp_path / f"out/rows/0/{row}.safetensors"))[0]
@@ -3055,6 +3056,10 @@ def test_table_of_rows(tmp_path):
     gain = table[f"{six} - {one}, paired"]["average"]["psnr"]
     assert gain["seeds"] == 1 and gain["mean"] == pytest.approx((psnr[0] - psnr[1]).mean().item(), abs=1e-5)
     assert gain == pytest.approx(judge.over_seeds((psnr[0] - psnr[1])[None])) and gain["low"] < gain["high"]
+    # Stage II beside as many passes on truth; here those left Stage I as it was
+    five, more = "5 Stage I, DPO DiT (Stage II)", "Stage I goes on with truth"
+    assert table[f"{five} - {more}, paired"] == table[f"{five} - {one}, paired"]
+    assert table[f"{five} - {more}, paired"]["average"]["psnr"]["mean"] != 0
     # row 6's share of the gap from Stage I to the best of its samples
     l2 = lambda row, s: torch.cat([s[f"{row}|roll, {split}|traj_l2"] for split in ("seen", "unseen")]).mean().item()
     stage_one = l2(one, kept[1])
