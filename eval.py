@@ -482,28 +482,30 @@ def evaluate(models, split, n, seed=0, unseen=False, scenario="drop", best_of=1,
         films = film([(n, seed, unseen, scenario)], models.values(), split, chunk, references, form)
     for start in tqdm(starts, desc=f"{split}, {'unseen' if unseen else 'seen'}", disable=rank > 0):
         filmed = common.tree_map(next(films), lambda v: v.to(device))
-        batch, again, videos = filmed["batch"], filmed.get("again"), {}
+        batch, again, rows = filmed["batch"], filmed.get("again"), {}
         count = len(batch.get("caption", ()))      # broken clips may be left out
         if not count:
             continue
         batch["moved"] = _motion(batch["video"])   # for all rows
         if references:
-            videos = reference_rows(batch, again, vae, device)
-        for name, m in models.items():
+            rows = {row: measure(video, batch, fps)
+                    for row, video in reference_rows(batch, again, vae, device).items()}
+        for name, m in models.items():             # judged at once: videos of many rows take gigabytes
             keys = [[(split, int(unseen), seed, start + i, k) for i in range(count)] for k in range(best_of)]
             image, photo = batch["video"][:, :, 0], batch["photo"]
             draws = torch.stack([sample.generate(m, image, batch["caption"], key, frames, steps, shift, photo=photo,
                                                  **how) for key in keys])
-            videos[name] = draws[0]
+            rows[name] = measure(draws[0], batch, fps)
             if references and m is first and foretells and {"position", "camera"} <= batch.keys():
                 true = true_paths(batch, size, m.encoder.config["input_size"] // m.encoder.backbone.patch)
-                videos[f"{name}, told the truth"] = sample.generate(
-                    m, image, batch["caption"], keys[0], frames, steps, shift, photo=photo, true=true, **how)
+                rows[f"{name}, told the truth"] = measure(sample.generate(
+                    m, image, batch["caption"], keys[0], frames, steps, shift, photo=photo, true=true, **how), batch,
+                    fps)
             if best_of > 1:
                 error = torch.stack([measure(v, batch, fps, detail=False)["traj_l2"].nan_to_num(1) for v in draws])
-                videos[f"{name}, oracle best of {best_of}"] = draws[error.argmin(0), torch.arange(count, device=device)]
-        parts[start] = common.tree_map({row: measure(video, batch, fps) for row, video in videos.items()},
-                                   lambda v: v.cpu())
+                best = draws[error.argmin(0), torch.arange(count, device=device)]
+                rows[f"{name}, oracle best of {best_of}"] = measure(best, batch, fps)
+        parts[start] = common.tree_map(rows, lambda v: v.cpu())
     parts = dict(sorted((start, part) for share in common.gather(parts) for start, part in share.items()))
     rows = next(iter(parts.values()), {})
     return {row: {k: torch.cat([part[row][k] for part in parts.values()]) for k in rows[row]} for row in rows}
