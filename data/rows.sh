@@ -53,6 +53,7 @@ encoder() {
     sft row3 $from
     sft paper $from --foretell=False
     dpo paper_dpo head3 --data=$rows/paper --pool=$rows/pairs_paper        # and its Stages II and III
+    dpo paper_head head3 --data=$rows/paper --pool=$rows/pairs_paper --stages=head                # and its row 6
     sft paper_more --init_from=$rows/paper/dit.safetensors --foretell=False $truth               # and their control
     ! wanted random || [ -e out/random/vae.safetensors ] || {              # a backbone that was never trained
         $python encoder.py --name=random --scenes=6400 --steps=1 --lr=0 --adam_lr=0
