@@ -626,7 +626,7 @@ def table_one(cfg, places, options, device, rank):
             elif not flat:
                 continue
             # what choosing among Stage I's samples could reach is a row of its own
-            stamp = dict(weights=weights, best_of=4 if folder == "row3" else 1,
+            stamp = dict(weights=weights, best_of=4 if folder in ("row3", "paper") else 1,
                          size=options["size"], **{k: getattr(cfg, k) for k in (
                              "scenarios", "n", "seed", "steps", "shift", "cfg", "solver", "temperature", "frames",
                              "fps")})
@@ -696,17 +696,16 @@ def table_one(cfg, places, options, device, rank):
     order = lambda row: ([*ROWS].index(row.split(", oracle")[0]) if row.split(", oracle")[0] in ROWS else -1, row)
     result = {row: pooled(scores[row], lambda s, w, k: scores[row][s][w][k]) for row in sorted(scores, key=order)}
     less = lambda a, b: lambda s, w, k: scores[a][s][w][k] - scores[b][s][w][k]
-    one = next(row for row, (folder, _, _) in ROWS.items() if folder == "row3")
-    best = f"{one}, oracle best of 4"
     shared_by = lambda row, other: {s: v for s, v in scores.get(row, {}).items() if s in scores.get(other, {})}
     for row, (_, _, parent) in ROWS.items():
         for other in (parent, CONTROLS.get(row)):
             if both := shared_by(row, other):
                 result[f"{row} - {other}, paired"] = pooled(both, less(row, other))
         # what choosing among four samples of Stage I could gain is a gap; how much of it has been closed
-        some = {s: v for s, v in shared_by(row, parent).items() if s in scores.get(best, {})}
-        if some and one in (parent, ROWS.get(parent, [None] * 3)[2]):
-            result[f"{row}, of the gap"] = pooled(some, less(one, row), less(one, best))
+        for start in (parent, ROWS.get(parent, [None] * 3)[2]):
+            best = f"{start}, oracle best of 4"
+            if some := shared_by(row, best):
+                result[f"{row}, of the gap"] = pooled(some, less(start, row), less(start, best))
     return result
 
 
