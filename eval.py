@@ -698,14 +698,14 @@ def table_one(cfg, places, options, device, rank):
     less = lambda a, b: lambda s, w, k: scores[a][s][w][k] - scores[b][s][w][k]
     shared_by = lambda row, other: {s: v for s, v in scores.get(row, {}).items() if s in scores.get(other, {})}
     for row, (_, _, parent) in ROWS.items():
-        for other in (parent, CONTROLS.get(row)):
+        starts = {r: best for r in (parent, ROWS.get(parent, [None] * 3)[2])
+                  if (best := f"{r}, oracle best of 4") in scores}                   # a Stage I, one or two rows up
+        for other in dict.fromkeys((parent, CONTROLS.get(row), *starts)):
             if both := shared_by(row, other):
                 result[f"{row} - {other}, paired"] = pooled(both, less(row, other))
-        # what choosing among four samples of Stage I could gain is a gap; how much of it has been closed
-        for start in (parent, ROWS.get(parent, [None] * 3)[2]):
-            best = f"{start}, oracle best of 4"
-            if some := shared_by(row, best):
-                result[f"{row}, of the gap"] = pooled(some, less(start, row), less(start, best))
+        for start, best in starts.items():         # what choosing could gain is a gap; how much of it has been closed
+            if both := shared_by(row, best):
+                result[f"{row}, of the gap"] = pooled(both, less(start, row), less(start, best))
     return result
 
 
