@@ -185,14 +185,16 @@ def clip_size(cfg):
 def keep_memory():
     """glibc gives every freed activation back to the system and faults it in again a moment later.
 
-    M_MMAP_MAX (-4) and M_TRIM_THRESHOLD (-1) make it keep them."""
+    M_MMAP_MAX (-4) and M_TRIM_THRESHOLD (-1) make it keep them, for work that is the same again and again: where sizes
+    vary, as in eval.py, what is kept falls to pieces and adds up to gigabytes."""
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-4, 0), mallopt(-1, 2**31 - 1)
 
 
-def setup(device="auto"):
-    """-> (torch.device, rank, world size). Under torchrun it joins the process group and owns one GPU per rank."""
+def setup(device="auto", keep=True):
+    """-> (torch.device, rank, world size). Under torchrun it joins the process group and owns one GPU per rank.
+    keep: freed memory, see keep_memory."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -204,7 +206,8 @@ def setup(device="auto"):
     except (RuntimeError, AssertionError, NotImplementedError):
         raise InputError(f"--device={device} is not usable here; expected auto, cuda, mps or cpu, and no more ranks "
                          "than GPUs") from None
-    keep_memory()
+    if keep:
+        keep_memory()
     if world > 1 and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)

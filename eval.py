@@ -813,7 +813,7 @@ def main():
             raise common.InputError(f"--rows: {row!r}: expected NAME=FOLDER:STAGE, for example plain=out/plain:1; a "
                                     "stage is 1, 2, 3 or head (1 with head3)")
         more[name] = at, stage if stage == "head" else int(stage)
-    device, rank, _ = common.setup(cfg.device)
+    device, rank, _ = common.setup(cfg.device, keep=False)
     size = common.clip_size(cfg)
     options = dict(best_of=cfg.best_of, references=cfg.references, steps=cfg.steps, shift=cfg.shift, cfg=cfg.cfg,
                    solver=cfg.solver, temperature=cfg.temperature, size=size, frames=cfg.frames, fps=cfg.fps,
