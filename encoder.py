@@ -487,21 +487,20 @@ class PhysEncoder(nn.Module):
     def features(self, image, true=None):
         """-> (4 x (B, h * w, D), the patch grid (h, w), what is told of cells): the head's arguments before `grid`."""
         image = resize(image, self.config["input_size"], self.backbone.patch)
-        B, patch_grid = len(image), [n // self.backbone.patch for n in image.shape[-2:]]
+        features, patch_grid = self.backbone(image)[0], [n // self.backbone.patch for n in image.shape[-2:]]
         if self.readout is None:
-            return self.backbone(image)[0], patch_grid, None
-        # a mirrored world obeys the same laws: its picture is a second opinion, where the truth is not known
-        unknown = (true[0] == 0).all(1) if true is not None else image.new_ones(B, dtype=torch.bool)
-        both = self.backbone(torch.cat([image, image[unknown].flip(-1)]))[0]           # 4 x (B and mirrored, h * w, D)
-        features = [x[:B] for x in both]
-        told, other = (self.readout(x, patch_grid) for x in both[-1].split([B, len(both[-1]) - B]))
+            return features, patch_grid, None
+        colour = F.adaptive_avg_pool2d(image, [2 * n for n in patch_grid])             # (B, 3, 2 h, 2 w)
+        colour = F.pixel_unshuffle(colour, 2).unflatten(1, (3, 4)).permute(0, 3, 4, 2, 1).flatten(1, 3)
+        told = self.readout(features[-1], patch_grid)
+        unknown = (true[0] == 0).all(1) if true is not None else image.new_ones(len(image), dtype=torch.bool)
         if unknown.any():
+            # a mirrored world obeys the same laws: its picture is a second opinion, where the truth is not known
+            other = self.readout(self.backbone(image[unknown].flip(-1))[0][-1], patch_grid)
             other = mirrored(other, patch_grid)
             other = push_apart([(a[unknown] + b) / 2 for a, b in zip(told, other)], patch_grid)
             for mine, better in zip(told, other):
                 mine[unknown] = better
-        colour = F.adaptive_avg_pool2d(image, [2 * n for n in patch_grid])             # (B, 3, 2 h, 2 w)
-        colour = F.pixel_unshuffle(colour, 2).unflatten(1, (3, 4)).permute(0, 3, 4, 2, 1).flatten(1, 3)
         if true is not None:
             told = corrected(told, *true)
         return features, patch_grid, (*told, colour)
