@@ -610,7 +610,7 @@ def sampling(cfg, device):
     # a picture of the world: of noise the encoder would foretell bodies everywhere
     image, photo = (common.read_image(f"{cfg.data}/drop.png", size)[0][None].to(device) for size in (64, 112))
     took = [], []
-    for i in range(4 * cfg.repeat + 1):            # in turn: whatever else the machine does slows both
+    for _ in range(4 * cfg.repeat + 1):            # in turn: whatever else the machine does slows both
         for row, some, look in zip(took, (models, plain), (photo, None)):
             t, _ = once(lambda: sample.generate(some, image, ["a ball"], [0], photo=look), device)
             row.append(t)

@@ -3026,12 +3026,23 @@ def test_told_the_truth():
     assert told < 0.5 * own
 
 
+def test_the_judge_keeps_no_memory(monkeypatch):
+    """A row is measured before the next is drawn, and freed memory goes back: 29 rows fit, where they did not."""
+    calls = []
+    for module, name in ((judge.sample, "generate"), (judge, "measure"), (common, "keep_memory")):
+        monkeypatch.setattr(module, name, lambda *args, f=getattr(module, name), name=name, **flags: (
+            calls.append(name), f(*args, **flags))[1])
+    monkeypatch.setattr(sys, "argv", ["eval.py", f"--data={HERE}/data", "--stages=1,2", "--scenarios=drop", "--n=1",
+                                      "--steps=1", "--references=False", "--device=cpu"])
+    judge.main()
+    assert calls == ["generate", "measure"] * 4    # two stages, seen and unseen
+
+
 @slow
 def test_table_of_rows(tmp_path):
     """Rows of two training seeds: differences are paired by seed and clip, and what was drawn is kept."""
     for seed, folder in ((0, "row3"), (0, "row6"), (1, "row3"), (0, "winners"), (0, "row8"), (0, "more")):
         shutil.copytree(f"{HERE}/data", tmp_path / f"out/rows/{seed}/{folder}")
-    os.remove(tmp_path / "out/rows/0/row8/head3.safetensors")                        # row 5 alone, no row 8
     tuned = common.read_weights(f"{HERE}/data/lora2.safetensors")                    # one that kept its beginning
     common.save_weights(str(tmp_path / "out/rows/0/winners/lora2.safetensors"),
                         {k: v * ("lora_A" in k) for k, v in tuned[0].items()}, tuned[1])
@@ -3056,10 +3067,13 @@ def test_table_of_rows(tmp_path):
     gain = table[f"{six} - {one}, paired"]["average"]["psnr"]
     assert gain["seeds"] == 1 and gain["mean"] == pytest.approx((psnr[0] - psnr[1]).mean().item(), abs=1e-5)
     assert gain == pytest.approx(judge.over_seeds((psnr[0] - psnr[1])[None])) and gain["low"] < gain["high"]
-    # Stage II beside as many passes on truth; here those left Stage I as it was
-    five, more = "5 Stage I, DPO DiT (Stage II)", "Stage I goes on with truth"
-    assert table[f"{five} - {more}, paired"] == table[f"{five} - {one}, paired"]
+    # Stage II beside as many passes on truth, which here left Stage I as it was; Stage III, here as Stage II left it,
+    # beside its Stage I
+    five, eight, more = (next(k for k in judge.ROWS if k.startswith(n)) for n in ("5", "8", "Stage I goes on"))
+    assert table[f"{five} - {more}, paired"] == table[f"{five} - {one}, paired"] == table[f"{eight} - {one}, paired"]
     assert table[f"{five} - {more}, paired"]["average"]["psnr"]["mean"] != 0
+    assert table[f"{eight} - {five}, paired"]["average"]["psnr"]["mean"] == 0
+    assert table[f"{eight}, of the gap"] == table[f"{five}, of the gap"]
     # row 6's share of the gap from Stage I to the best of its samples
     l2 = lambda row, s: torch.cat([s[f"{row}|roll, {split}|traj_l2"] for split in ("seen", "unseen")]).mean().item()
     stage_one = l2(one, kept[1])
@@ -3182,6 +3196,11 @@ def test_rows_are_trained_as_the_table_reads_them(tmp_path):
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1) and "expected table" in done.stderr
     for row, (folder, stage, parent) in judge.ROWS.items():
         assert stage in ends[f"rows/0/{folder}"] and parent in (None, *judge.ROWS), row
+    assert {*judge.CONTROLS, *judge.CONTROLS.values()} <= judge.ROWS.keys()
+    env["ONLY"] = "row3 paper"                     # no other row, and no backbone that none of them asks for
+    assert [re.findall(r"--name=(\S+)", line) for line in run("encoder", "0").stdout.splitlines()] == [
+        ["rows/0/row3"], ["rows/0/paper"]]
+    del env["ONLY"]
     first, later = (set(re.findall(r"--name=rows/\d/(\w+)", run("table", seed).stdout)) for seed in "01")
     assert first - later == {"row7", "row9", "plain", "truth"} and later < first     # of one seed
     pairs, control = (next(common.parse_config(module.Config, line.split()[1:], module.PRESETS)
