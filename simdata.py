@@ -823,6 +823,7 @@ class Impulses:
         return state[:n], p
 
 
+@torch.inference_mode()                            # thousands of small operations: their bookkeeping was a quarter
 def simulate(scene, frames, fps, gravity=None, rate=RATE):
     """Run a scene -> dict of position (B, T, N, 3), rotation (B, T, N, 4), velocity, angular_velocity (B, T, N, 3) and
     impulse (B, T, N, N+1): what body n got from body m, or the floor (m = N), since frame t-1, N s along the normal.
@@ -900,7 +901,9 @@ def simulate(scene, frames, fps, gravity=None, rate=RATE):
             record.append((x, q, v, w, given))
             given = torch.zeros_like(given)
     keys = ("position", "rotation", "velocity", "angular_velocity", "impulse")
-    return {k: torch.stack([r[i].view(M + 1, -1)[:M].view(B, N, -1) for r in record], 1) for i, k in enumerate(keys)}
+    with torch.inference_mode(False):              # what leaves may be learned from
+        return {k: torch.stack([r[i].view(M + 1, -1)[:M].view(B, N, -1) for r in record], 1)
+                for i, k in enumerate(keys)}
 
 
 def wander(scene, frames, fps, draw):
