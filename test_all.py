@@ -159,10 +159,9 @@ def together(scenes):
     return {k: torch.cat([s[k] for s in scenes]) for k in scenes[0]}
 
 
-def one_body(shape, restitution, height=1.0, friction=0.5, velocity=(0.0, 0.0, 0.0)):
+def one_body(shape, restitution, height=1.0):
     """One body a scene, 0.15 m, lying flat at `height` above the floor; restitution: list, one scene each."""
-    return together([put([shape], [[0.15] * 3], [[0, 0, 0.15 + height]], e=e, mu=friction, velocity=[velocity])
-                     for e in restitution])
+    return together([put([shape], [[0.15] * 3], [[0, 0, 0.15 + height]], e=e) for e in restitution])
 
 
 def test_free_fall_and_rebound():
@@ -199,11 +198,11 @@ def test_what_rests_sinks_in_nowhere():
 
 
 def test_sliding_and_rolling():
-    slide = simdata.simulate(one_body(1, [0.0], 0.0, 0.5, (2.0, 0, 0)), 40, 16)
-    assert slide["position"][0, -1, 0, 0] == pytest.approx(2**2 / (2 * 0.5 * 9.81), rel=0.02)
-    roll = simdata.simulate(one_body(0, [0.0], 0.0, 0.5, (2.0, 0, 0)), 40, 16)        # a ball ends at 5/7 of its speed
-    assert roll["velocity"][0, -1, 0, 0] == pytest.approx(2 * 5 / 7, rel=0.01)
-    assert roll["angular_velocity"][0, -1, 0, 1] == pytest.approx(2 * 5 / 7 / 0.15, rel=0.01)
+    box, ball = (put([shape], [[0.15] * 3], [[0, 0, 0.15]], velocity=[(2.0, 0, 0)]) for shape in (1, 0))
+    path = simdata.simulate(together([box, ball]), 40, 16)
+    assert path["position"][0, -1, 0, 0] == pytest.approx(2**2 / (2 * 0.5 * 9.81), rel=0.02)
+    assert path["velocity"][1, -1, 0, 0] == pytest.approx(2 * 5 / 7, rel=0.01)        # a ball ends at 5/7 of its speed
+    assert path["angular_velocity"][1, -1, 0, 1] == pytest.approx(2 * 5 / 7 / 0.15, rel=0.01)
 
 
 LYING = [math.cos(math.pi / 4), math.sin(math.pi / 4), 0.0, 0.0]                     # the axis along y
@@ -1824,9 +1823,9 @@ def test_one_clip_can_be_overfitted(clips):
     dit = M.VideoDiT(M.CONFIGS["nano"] | dict(num_layers=2, phys=False))
     g, text = common.generator("overfit"), M.bytes_to_tokens(clips["caption"][:1])
     optimizer = torch.optim.AdamW(dit.parameters(), lr=2e-3)
-    many = lambda x: x.expand(8, *x.shape[1:])
+    many = lambda x: x.expand(4, *x.shape[1:])
     for step in range(200):
-        t, eps = M.sample_t(8, g, 3.0), torch.randn(8, *x0.shape[1:], generator=g)
+        t, eps = M.sample_t(4, g, 3.0), torch.randn(4, *x0.shape[1:], generator=g)
         loss = M.flow_loss(dit, many(x0), many(text), many(image), None, t, eps).mean()
         optimizer.zero_grad(), loss.backward(), optimizer.step()
     out = M.sample(dit.eval(), image, text, None, torch.randn(x0.shape, generator=g), steps=12)
@@ -2359,7 +2358,7 @@ def test_clips_made_side_by_side_are_the_same(monkeypatch):
 # the commands
 
 TINY_SFT = ["--clips=8", "--batch=4", "--eval_clips=2", "--warmup=1", "--log_every=1", f"--data={HERE}/data",
-            "--scenarios=drop,roll", "--device=cpu"]
+            "--scenarios=drop,roll", "--frames=13", "--device=cpu"]
 
 
 def read_all(path):
@@ -2550,7 +2549,7 @@ def test_a_dit_with_a_text_encoder_trains_in_shards(tmp_path):
         for c in simdata.captions(simdata.make_scene("drop", n, seed, split)[0])])
     flags = [f"--data={data}", f"--init_from={data}/dit.safetensors", "--clips=4", "--batch=4", "--eval_clips=16",
              "--eval_every=100", "--warmup=1", "--log_every=1", "--checkpointing=True", "--fsdp=True", "--device=cpu",
-             "--foretell=False", "--name=wan", "--scenarios=drop"]
+             "--foretell=False", "--name=wan", "--scenarios=drop", "--frames=9"]
     two_ranks(f"{HERE}/sft.py", *flags, "--steps=2", cwd=tmp_path)
     state, key = tmp_path / "out/wan/state.safetensors", "model/dit.blocks.1.self_attn.q.weight"
     before = read_all(state)
@@ -2668,7 +2667,8 @@ def test_pairs_are_all_that_are_a_margin_apart():
 @slow
 def test_dpo_runs_and_resumes(tmp_path, monkeypatch):
     tiny = ["--pairs=4", "--candidates=2", "--margin=0", "--sampler_steps=2", "--batch=2", "--eval_clips=2", "--rank=2",
-            "--eval_every=2", "--log_every=1", "--warmup=1", f"--data={HERE}/data", "--device=cpu", "--scenarios=drop"]
+            "--eval_every=2", "--log_every=1", "--warmup=1", f"--data={HERE}/data", "--device=cpu", "--frames=13",
+            "--scenarios=drop"]
     run("dpo.py", *tiny, "--name=a", "--steps=3", cwd=tmp_path)
     first = [json.loads(line) for line in open(tmp_path / "out/a/metrics2.jsonl")]
     entry = next(e for e in first if "loss" in e)
@@ -2709,13 +2709,13 @@ def test_dpo_runs_and_resumes(tmp_path, monkeypatch):
     again = read_all(tmp_path / "out/b/head3.safetensors")
     assert all(torch.equal(v, again[k]) for k, v in head.items())
     # stopped while pairs are made: after the shard at hand, and the next run makes the rest
-    five = [*tiny[:-1], "--pairs=10", "--pool=out/rest", "--steps=1", "--stages=2"]  # a shard for each scenario
-    stopped("dpo.py", *five, "--name=five", cwd=tmp_path, when=tmp_path / "out/rest/0000.jsonl")
-    shards = sorted((tmp_path / "out/rest").glob("*.safetensors"))
-    assert 1 <= len(shards) < 5 and not (tmp_path / "out/five/state2.safetensors").exists()
+    three = [*tiny[:-1], "--scenarios=drop,collide,roll", "--pairs=6", "--pool=out/rest", "--steps=1", "--stages=2"]
+    stopped("dpo.py", *three, "--name=three", cwd=tmp_path, when=tmp_path / "out/rest/0000.jsonl")
+    shards = sorted((tmp_path / "out/rest").glob("*.safetensors"))                   # one for each scenario
+    assert 1 <= len(shards) < 3 and not (tmp_path / "out/three/state2.safetensors").exists()
     before = [shard.read_bytes() for shard in shards]
-    run("dpo.py", *five, "--name=five", "--resume=True", cwd=tmp_path)
-    assert len([*(tmp_path / "out/rest").glob("*.safetensors")]) == 5 and [s.read_bytes() for s in shards] == before
+    run("dpo.py", *three, "--name=three", "--resume=True", cwd=tmp_path)
+    assert len([*(tmp_path / "out/rest").glob("*.safetensors")]) == 3 and [s.read_bytes() for s in shards] == before
     # with less memory the same, but for rounding, which is that of fp32 on every machine here
     with monkeypatch.context() as patch:
         patch.setattr(common, "precision", lambda device: torch.float32)
@@ -2784,9 +2784,10 @@ def test_dpo_runs_and_resumes(tmp_path, monkeypatch):
     run("dpo.py", *tiny, "--name=one", "--steps=1", "--stages=2", cwd=tmp_path)
     one, two = (read_all(tmp_path / f"out/{name}/state2.safetensors") for name in ("one", "ranks"))
     slopes = [k for k in one if k.endswith("exp_avg") and one[k].abs().max() > 0]
-    assert slopes and all((one[k] - two[k]).norm() <= 0.05 * one[k].norm() for k in slopes)
+    off, all_of = ([x.norm() for x in xs] for xs in ([one[k] - two[k] for k in slopes], [one[k] for k in slopes]))
+    assert math.hypot(*off) <= 0.1 * math.hypot(*all_of) and all(a <= 0.5 * b for a, b in zip(off, all_of))   # in bf16
     # what a run folder has is what is sampled
-    for folder, stage in (("five", 2), ("head", "head"), ("a", 3)):
+    for folder, stage in (("three", 2), ("head", "head"), ("a", 3)):
         said = run("sample.py", f"{HERE}/data/drop.png", f"--data=out/{folder}", "--steps=1", "--out=x.gif",
                    "--device=cpu", cwd=tmp_path).stdout
         assert f"stage {stage}, seed 0" in said
@@ -2803,7 +2804,7 @@ def test_dpo_runs_and_resumes(tmp_path, monkeypatch):
             said.append(run("dpo.py", *alone, cwd=tmp_path).stdout)
     assert [line.strip().partition(";")[0] for line in said] == ["8 pairs"] * 2 and "winners -1.00" in said[1]
     (tmp_path / "theirs/0000.jsonl").write_text("{}\n" * 8)
-    for key, wrong in (("loser", lambda v: v[1:]), ("photo", lambda v: v[..., :56]), ("winner", lambda v: v[:, :, :3]),
+    for key, wrong in (("loser", lambda v: v[1:]), ("photo", lambda v: v[..., :56]), ("winner", lambda v: v[:, :, :2]),
                        ("first", lambda v: v[..., :4])):
         common.save_weights(f"{theirs}.safetensors", shard | {key: wrong(shard[key]).contiguous()}, {})
         refused("dpo.py", *alone, cwd=tmp_path, says=f"0000.safetensors: {key} is .*; expected")
@@ -2821,7 +2822,7 @@ def test_dpo_runs_and_resumes(tmp_path, monkeypatch):
     there = sorted(os.listdir(tmp_path / "out/pairs"))
     refused("dpo.py", *tiny, "--name=c", "--margin=9", "--pairs=9", cwd=tmp_path, says="another margin")
     refused("dpo.py", *tiny, "--name=c", "--pairs=2", cwd=tmp_path, says="another count")
-    refused("dpo.py", *five, "--name=c", "--pairs=4", cwd=tmp_path, says="more scenes than --pairs=4")
+    refused("dpo.py", *three, "--name=c", "--pairs=4", cwd=tmp_path, says="more scenes than --pairs=4")
     assert sorted(os.listdir(tmp_path / "out/pairs")) == there
     (tmp_path / "out/pairs/.tmp7.0000.safetensors").write_bytes(b"cut off")
     os.truncate(tmp_path / "out/pairs/0000.jsonl", 0)
@@ -3407,11 +3408,12 @@ def test_every_command_in_the_readme_parses():
         assert os.path.exists(f"{HERE}/{name}"), name
 
 
+@slow
 def test_readme_trains_from_nothing(tmp_path):
     """The README's recipe, line by line in a folder that holds nothing but the code; only the sizes are shrunk."""
     small = {"vae.py": "--clips=4 --val_clips=2 --batch=2", "encoder.py": "--scenes=8 --val_scenes=4 --batch=4",
-             "sft.py": "--clips=8 --batch=2 --eval_clips=2",
-             "dpo.py": "--pairs=4 --candidates=2 --margin=0 --batch=2 --eval_clips=2 --sampler_steps=1"}
+             "sft.py": "--clips=8 --batch=2 --eval_clips=2 --frames=13",
+             "dpo.py": "--pairs=4 --candidates=2 --margin=0 --batch=2 --eval_clips=2 --sampler_steps=1 --frames=13"}
     for name in os.listdir(HERE):
         if name.endswith(".py"):
             shutil.copy(f"{HERE}/{name}", tmp_path)
