@@ -49,7 +49,7 @@ torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"                # in processes of their own, too: sums depend on it in the last bit
 
 # What is computed here is too small for a second thread. For the second core there is a second pytest, which runs the
-# slowest tests from the beginning on; where their turn comes they wait for its verdict.
+# slowest tests from the beginning on; here their turn comes last, and they wait for its verdict.
 SECOND = types.SimpleNamespace(process=None, folder="")
 
 
@@ -76,8 +76,10 @@ def slow(test):
 @pytest.fixture(scope="session", autouse=True)
 def second_process(request, tmp_path_factory):
     """Start it where slow tests are asked for together with others."""
-    names = [item.name for item in request.session.items if hasattr(item.function, "slow")]
-    if 0 < len(names) < len(request.session.items):
+    items = request.session.items
+    names = [item.name for item in items if hasattr(item.function, "slow")]
+    if 0 < len(names) < len(items):
+        items[1:] = sorted(items[1:], key=lambda item: item.name in names)           # the first is under way
         SECOND.folder = tmp_path_factory.mktemp("second")
         with open(SECOND.folder / "said", "w") as said:
             SECOND.process = subprocess.Popen(
