@@ -1,5 +1,5 @@
 """
-Every promise, tested:  python -m pytest -q test_all.py        (five to eleven minutes on two CPU cores)
+Every promise, tested:  python -m pytest -q test_all.py        (under ten minutes on two CPU cores)
 
 Parity with diffusers and transformers is checked where these are installed and skipped where they are not.
 """
