@@ -1,5 +1,5 @@
 """
-Every promise, tested:  python -m pytest -q test_all.py        (under ten minutes on two CPU cores)
+Every promise, tested:  python -m pytest -q test_all.py        (nine minutes on two cores of a slow Xeon)
 
 Parity with diffusers and transformers is checked where these are installed and skipped where they are not.
 """
@@ -205,6 +205,7 @@ def test_sliding_and_rolling():
     assert path["position"][0, -1, 0, 0] == pytest.approx(2**2 / (2 * 0.5 * 9.81), rel=0.02)
     assert path["velocity"][1, -1, 0, 0] == pytest.approx(2 * 5 / 7, rel=0.01)        # a ball ends at 5/7 of its speed
     assert path["angular_velocity"][1, -1, 0, 1] == pytest.approx(2 * 5 / 7 / 0.15, rel=0.01)
+    assert not any(v.is_inference() for v in path.values())                          # networks may learn from it
 
 
 LYING = [math.cos(math.pi / 4), math.sin(math.pi / 4), 0.0, 0.0]                     # the axis along y
@@ -2779,15 +2780,18 @@ def test_dpo_runs_and_resumes(tmp_path, monkeypatch):
     one, other = ((tmp_path / f"out/{pool}/0000.safetensors").read_bytes() for pool in ("kept", "pairs"))
     assert one == other
     assert not (tmp_path / "out/pool").exists()
-    # two ranks, pair by pair: the gradients of one
-    two_ranks(f"{HERE}/dpo.py", *tiny, "--name=ranks", "--steps=1", "--in_turn=True", cwd=tmp_path)
+    # two ranks, pair by pair: the gradients of one, at full precision, for those of bf16 depend on the batch
+    (tmp_path / "fp32.py").write_text(f"import sys; sys.path.insert(0, {HERE!r})\nimport torch, common, dpo\n"
+                                      "common.precision = lambda device: torch.float32\ncommon.run(dpo.main)")
+    two_ranks("fp32.py", *tiny, "--name=ranks", "--steps=1", "--in_turn=True", cwd=tmp_path)
     ranks = [json.loads(line) for line in open(tmp_path / "out/ranks/metrics2.jsonl")]
     assert next(e for e in ranks if "loss" in e)["loss"] == pytest.approx(math.log(2), abs=1e-4)
-    run("dpo.py", *tiny, "--name=one", "--steps=1", "--stages=2", cwd=tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "precision", lambda device: torch.float32)
+        run("dpo.py", *tiny, "--name=one", "--steps=1", "--stages=2", cwd=tmp_path)
     one, two = (read_all(tmp_path / f"out/{name}/state2.safetensors") for name in ("one", "ranks"))
     slopes = [k for k in one if k.endswith("exp_avg") and one[k].abs().max() > 0]
-    off, all_of = ([x.norm() for x in xs] for xs in ([one[k] - two[k] for k in slopes], [one[k] for k in slopes]))
-    assert math.hypot(*off) <= 0.1 * math.hypot(*all_of) and all(a <= 0.5 * b for a, b in zip(off, all_of))   # in bf16
+    assert slopes and all((one[k] - two[k]).norm() <= 0.01 * one[k].norm() for k in slopes)
     # what a run folder has is what is sampled
     for folder, stage in (("three", 2), ("head", "head"), ("a", 3)):
         said = run("sample.py", f"{HERE}/data/drop.png", f"--data=out/{folder}", "--steps=1", "--out=x.gif",
