@@ -566,6 +566,9 @@ ROWS = {"1 base": ("base", 1, None),
         "encoder: the paper's, Stage III": ("paper_dpo", 3, "encoder: the paper's, Stage II"),
         "encoder: the paper's, DPO Enc": ("paper_head", "head", "encoder: the paper's"),
         "encoder: the paper's, goes on with truth": ("paper_more", 1, "encoder: the paper's"),
+        "encoder: the paper's, Stage II, four times": ("paper_full", 2, "encoder: the paper's"),
+        "encoder: the paper's, Stage III, four times": ("paper_full", 3, "encoder: the paper's, Stage II, four times"),
+        "encoder: the paper's, goes on with truth, four times": ("paper_full_more", 1, "encoder: the paper's"),
         "encoder: the paper's, backbone untrained": ("random", 1, "2 SFT DiT"),
         "encoder: the paper's, depth": ("depth", 1, "2 SFT DiT"),
         "encoder: depth, foretelling": ("depth_foretold", 1, "2 SFT DiT"),
@@ -580,7 +583,8 @@ ROWS = {"1 base": ("base", 1, None),
 # Preferences against as many passes through the DiT on truth, which a simulator has for nothing
 CONTROLS = {"4 SFT DiT, DPO DiT": "SFT DiT goes on with truth",
             "5 Stage I, DPO DiT (Stage II)": "Stage I goes on with truth",
-            "encoder: the paper's, Stage II": "encoder: the paper's, goes on with truth"}
+            "encoder: the paper's, Stage II": "encoder: the paper's, goes on with truth",
+            "encoder: the paper's, Stage II, four times": "encoder: the paper's, goes on with truth, four times"}
 ENDS = {1: "dit", 2: "lora2", 3: "head3", "head": "head3"}                           # a row's last file
 
 

@@ -55,6 +55,8 @@ encoder() {
     dpo paper_dpo head3 --data=$rows/paper --pool=$rows/pairs_paper        # and its Stages II and III
     dpo paper_head head3 --data=$rows/paper --pool=$rows/pairs_paper --stages=head                # and its row 6
     sft paper_more --init_from=$rows/paper/dit.safetensors --foretell=False $truth               # and their control
+    dpo paper_full head3 --data=$rows/paper --pool=$rows/pairs_paper_full $full                   # dpo.py's defaults
+    sft paper_full_more --init_from=$rows/paper/dit.safetensors --foretell=False $truth --steps=1307 --eval_every=1307
     ! wanted random || [ -e out/random/vae.safetensors ] || {              # a backbone that was never trained
         $python encoder.py --name=random --scenes=6400 --steps=1 --lr=0 --adam_lr=0
         $python -c 'import shutil; shutil.copy("data/vae.safetensors", "out/random")'
@@ -92,6 +94,7 @@ case "$1:$2" in
        exit 2 ;;
 esac
 truth="--steps=360 --eval_every=360 --lr=2e-3 --adam_lr=1e-3"              # going on with it, see table
+full="--pairs=1280 --steps=500 --eval_every=125 --eval_clips=160"           # about four times the work
 one="--best_only=True --mirror=False"                                       # best against worst, and no other pair
 for seed in "$@"; do
     rows=out/rows/$seed
