@@ -15,7 +15,6 @@ import json
 import math
 import multiprocessing
 import os
-import random
 import re
 import signal
 import subprocess
@@ -23,13 +22,15 @@ import sys
 import threading
 import zipfile
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
 import imageio
+import imageio_ffmpeg
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, ImageSequence
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -39,7 +40,7 @@ class InputError(ValueError):
 
 
 def out_of_memory(error):
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 CODE = [0]                                         # the exit code, see run and in_background
@@ -56,12 +57,12 @@ def run(main):
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         end(2)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        print(f"error: out of memory: {str(error).splitlines()[0][:200]} Fewer frames, smaller sides, fewer clips at a "
-              "time (--n, --batch, --chunk) need less; in training --checkpointing=True does, and in dpo.py "
-              "--in_turn=True", file=sys.stderr)
+        print(f"error: out of memory: {(str(error) or 'no more is left').splitlines()[0][:200]} Fewer frames, smaller "
+              "sides, fewer clips at a time (--n, --batch, --chunk) need less; in training --accumulate and "
+              "--checkpointing=True do, and in dpo.py --in_turn=True", file=sys.stderr)
         end(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -260,7 +261,8 @@ def attention(q, k, v):
 def _begin():
     torch.set_num_threads(1)
     keep_memory()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)   # Ctrl-C reaches the whole group; the process that started it ends it
+    for told in (signal.SIGINT, signal.SIGTERM):   # they reach the whole group; the process that started it ends it
+        signal.signal(told, signal.SIG_IGN)
     # one that was killed cannot: without it nobody would ever send work, or an end
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
@@ -284,15 +286,16 @@ def scenes_at_once(device):
     return 1 if device.type == "cpu" else 32
 
 
-def side_by_side(function, tasks, device=torch.device("cpu")):
-    """Yield function(*task), brought to the CPU, for each task in order: as many at a time as this rank has cores, at
-    most 16, of those that work on a GPU 5, each in a process of its own with one thread. For what spends its time
-    between small operations, as the simulator does: a second thread gains nothing there, a second process doubles the
-    speed."""
+def side_by_side(function, tasks, device=torch.device("cpu"), alone=False):
+    """Yield function(*task), brought to the CPU, for each task in order: as many at a time as this rank has cores (all
+    of the machine's if it is alone while the others wait), at most 16, of those that work on a GPU 5, each in a process
+    of its own with one thread. For what spends its time between small operations, as the simulator does: a second
+    thread gains nothing there, a second process doubles the speed."""
     # macOS cannot say which cores are ours
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     most = 16 if device.type == "cpu" else max(1, min(5, int(free_memory(device) / 8e9)))            # as films take
-    count = min(len(tasks), most, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    share = 1 if alone and ranks() > 1 else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    count = min(len(tasks), most, cores // share)
     if count < 2:
         yield from (tree_map(function(*task), lambda v: torch.as_tensor(v).cpu()) for task in tasks)
         return
@@ -305,10 +308,24 @@ def side_by_side(function, tasks, device=torch.device("cpu")):
                 if i + count < len(tasks):
                     ahead.append(pool.submit(_call, function, tasks[i + count]))
                 yield tree_map(done, torch.from_numpy)
+        except BrokenProcessPool:
+            raise InputError("a process that simulates was killed, perhaps for want of memory; expected more of it, or "
+                             "fewer cores (taskset)") from None
         except BaseException:                      # Ctrl-C shall not wait for what is half done
             for process in list(pool._processes.values()):
-                process.terminate()
+                process.kill()
             raise
+
+
+def shard_plan(names, pool, total, size, first=0):
+    """A pool of clips first, first + 1, ... is made in shards of at most `size`, scenarios in turn, so that small ones
+    have a share of each, too -> [dict(scenario, count, start: of which clip)]. One that was begun, on another device
+    perhaps, keeps its size."""
+    size = max(1, min(int(size), math.ceil(total / len(names))))
+    if os.path.exists(f"{pool}/0000.safetensors"):
+        size = read_config(f"{pool}/0000.safetensors").get("count", size)
+    return [dict(scenario=names[i % len(names)], count=min(size, total - done), start=first + done)
+            for i, done in enumerate(range(0, total, size))]
 
 
 def source_hash(path=os.path.join(os.path.dirname(__file__), "simdata.py")):
@@ -439,11 +456,6 @@ def randn(shape, keys):
     return torch.stack([torch.randn(shape, generator=generator(*(k if isinstance(k, tuple) else (k,)))) for k in keys])
 
 
-def seed_everything(seed):
-    """For initial weights; data and noise use `generator`."""
-    random.seed(seed), np.random.seed(seed % 2**32), torch.manual_seed(seed)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # files: written to a temporary name, then renamed, so that a kill never leaves half of one
 
@@ -463,8 +475,9 @@ def atomic(path):
         if os.path.isdir(folder or "."):           # what is missing is something else
             raise
         raise InputError(f"cannot write {path}: the folder {folder or '.'} does not exist; create it first") from error
-    except (PermissionError, NotADirectoryError, IsADirectoryError) as error:
-        raise InputError(f"cannot write {path}: {error.strerror}; choose a path that can be written") from error
+    except (OSError, SafetensorError) as error:    # no permission, no space: safetensors has errors of its own
+        raise InputError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}; choose a path that can be "
+                         "written, with room for it") from error
     finally:
         if os.path.exists(tmp):
             os.remove(tmp)
@@ -510,8 +523,7 @@ def start_run(cfg, rank, folder):
                     os.remove(f"{folder}/{name}")
         with atomic(f"{folder}/config.json") as tmp, open(tmp, "w") as f:
             json.dump(dataclasses.asdict(cfg) | {"git_commit": git_commit(), "argv": sys.argv}, f, indent=1)
-    if dist.is_initialized():
-        dist.barrier()
+    barrier()
     return folder
 
 
@@ -714,6 +726,13 @@ def _guess(found):
     return ""
 
 
+def renamed(name, table):
+    """A tensor's name in another layout; table: (regex, replacement) pairs, all applied in order."""
+    for pattern, replacement in table:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
 def _layouts(own, found, renames):
     """Yield (prefix, {our name: the file's names}) for every way to read a file's names: those behind any prefix, as
     they are and renamed, if there are enough of them to be `own`."""
@@ -726,10 +745,7 @@ def _layouts(own, found, renames):
         for table in ([], renames) if 2 * len(keys) >= len(own) else ():
             names = {}
             for key in keys:
-                name = key.removeprefix(prefix)
-                for pattern, replacement in table:
-                    name = re.sub(pattern, replacement, name)
-                name, _, part = name.partition("#")
+                name, _, part = renamed(key.removeprefix(prefix), table).partition("#")
                 names.setdefault(name, []).append((part, key))
             yield prefix, {name: [key for _, key in sorted(parts)] for name, parts in names.items()}
             if own.keys() <= names.keys():         # as they are, with nothing to rename
@@ -822,7 +838,9 @@ class Muon(torch.optim.Optimizer):
         alike = {}                                 # shape: [(kernel, what to make orthogonal, whether that lies down)]
         for p in self.param_groups[0]["params"]:
             if p.grad is not None:
-                mean = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                if not self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                mean = self.state[p]["momentum_buffer"]
                 mean.lerp_(p.grad, 1 - momentum)
                 x = p.grad.lerp(mean, momentum).flatten(1)                             # Nesterov's look ahead
                 tall = x.shape[0] > x.shape[1]
@@ -849,9 +867,12 @@ class Muon(torch.optim.Optimizer):
 
 
 def unshard(tensor):
-    """A tensor that is sharded over the ranks (FSDP2) -> all of it, on the CPU of each; every rank must call. Other
-    tensors stay as they are."""
-    return tensor.full_tensor().cpu() if hasattr(tensor, "full_tensor") else tensor
+    """A tensor that is sharded over the ranks (FSDP2) -> all of it on rank 0's CPU, None on the others; every rank must
+    call. Other tensors stay as they are."""
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    whole = tensor.full_tensor()                   # of a training state eight ranks' copies would be hundreds of GB
+    return None if rank() else whole.cpu()
 
 
 def shard_like(tensor, value):
@@ -880,27 +901,27 @@ def load_state(path, modules, *optimizers):
     """The inverse of save_state, in place; -> step, 0 if there is none yet. Raises InputError if it misfits."""
     if not os.path.exists(path):
         return 0
-    tensors, config = read_weights(path)
-    if "step" not in config:
-        raise InputError(f"{path} is not a training state; expected a state.safetensors of a run folder")
-    try:
-        for name, m in modules.items():
-            part = {k.removeprefix(f"{name}/"): v for k, v in tensors.items() if k.startswith(f"{name}/")}
-            if isinstance(m, torch.nn.Module):
-                m.load_state_dict(part)
-            else:
-                assert part.keys() == m.keys(), f"{name} has other keys"
-                for k, v in m.items():
-                    v.copy_(shard_like(v, part[k]))
-        for n, optimizer in enumerate(optimizers):
-            state, owners = {}, [p for group in optimizer.param_groups for p in group["params"]]
-            for key, value in tensors.items():
-                if key.startswith(f"optimizer{n}/"):
-                    _, i, k = key.split("/")
+    with open_weights(path) as (found, config):    # one tensor after the other: whole, a state is three models
+        if "step" not in config:
+            raise InputError(f"{path} is not a training state; expected a state.safetensors of a run folder")
+        read = lambda start: {k.removeprefix(start): later for k, (_, later) in found.items() if k.startswith(start)}
+        try:
+            for name, m in modules.items():
+                part = read(f"{name}/")
+                if isinstance(m, torch.nn.Module):
+                    m.load_state_dict({k: later() for k, later in part.items()})
+                else:
+                    assert part.keys() == m.keys(), f"{name} has other keys"
+                    for k, v in m.items():
+                        v.copy_(shard_like(v, part[k]()))
+            for n, optimizer in enumerate(optimizers):
+                state, owners = {}, [p for group in optimizer.param_groups for p in group["params"]]
+                for key, later in read(f"optimizer{n}/").items():
+                    (i, k), value = key.split("/"), later()
                     state.setdefault(int(i), {})[k] = shard_like(owners[int(i)], value) if value.dim() else value
-            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-    except (RuntimeError, AssertionError, ValueError, KeyError, IndexError) as error:
-        raise InputError(f"{path} belongs to another configuration: {str(error).splitlines()[0]}") from None
+                optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+        except (RuntimeError, AssertionError, ValueError, KeyError, IndexError) as error:
+            raise InputError(f"{path} belongs to another configuration: {str(error).splitlines()[0]}") from None
     return config["step"]
 
 
@@ -948,8 +969,9 @@ def read_image(path, size):
             image = image.convert("RGBA")
     except InputError:
         raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} is not a readable PNG, JPEG or WebP image: {str(error).splitlines()[0]}") from None
+    except Exception as error:                     # a broken file, or its EXIF, raises whatever it likes
+        why = (str(error) or repr(error)).splitlines()[0]
+        raise InputError(f"{path} is not a readable PNG, JPEG or WebP image: {why}") from None
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     (w, h), (height, width) = image.size, (size, size) if isinstance(size, int) else size
     kept = min(w, round(h * width / height)), min(h, round(w * height / width))
@@ -983,31 +1005,51 @@ def write_video(path, frames, fps, scale=1, lossless=False):
         if extension == ".mp4":
             if not lossless:                       # yuv420p has a colour for every 2 x 2 pixels
                 frames = np.pad(frames, ((0, 0), *((0, n % 2) for n in frames.shape[1:3]), (0, 0)), mode="edge")
-            # x264 with one thread: the same frames give the same bytes; macro_block_size=1: no silent resize
             with open(tmp, "wb"):
                 pass                                                                   # a missing folder fails here
+            # x264 with one thread: the same frames give the same bytes. Imageio would not say what ffmpeg cannot do
             codec, pixels, quality = ("libx264rgb", "rgb24", "0") if lossless else ("libx264", "yuv420p", "12")
-            imageio.mimwrite(tmp, frames, fps=fps, codec=codec, macro_block_size=1, pixelformat=pixels,
-                             ffmpeg_log_level="error", output_params=["-crf", quality, "-threads", "1"])
+            done = subprocess.run(
+                [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24",
+                 "-s", f"{frames.shape[2]}x{frames.shape[1]}", "-r", str(fps), "-i", "-", "-vcodec", codec,
+                 "-pix_fmt", pixels, "-crf", quality, "-threads", "1", tmp],
+                input=np.ascontiguousarray(frames).tobytes(), capture_output=True)
+            if done.returncode:
+                why = (done.stderr.decode(errors="replace").strip() or "ffmpeg failed").splitlines()[0]
+                raise InputError(f"cannot write {path}: {why}")
         else:
             images = [Image.fromarray(f) for f in frames]
             images[0].save(tmp, save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0,
                            **({"lossless": True} if extension == ".webp" else {}))
 
 
+def _pictures(path):
+    """A GIF or WebP -> uint8 (T, H, W, 3), frames a second. A frame that lasts twice as long as the shortest is two:
+    writers merge those that are alike."""
+    with Image.open(path) as film:
+        frames = [(np.asarray(f.convert("RGB")), f.info.get("duration") or 100) for f in ImageSequence.Iterator(film)]
+    shortest = min(lasts for _, lasts in frames)                                     # ms
+    times = [max(1, round(lasts / shortest)) for _, lasts in frames]
+    return np.concatenate([f[None].repeat(n, 0) for (f, _), n in zip(frames, times)]), 1000 / shortest
+
+
 def read_video(path, most=None):
-    """Any file imageio reads -> uint8 (T, H, W, 3); of a long one the first `most` frames."""
+    """A GIF, a WebP or any video that imageio reads -> uint8 (T, H, W, 3); of a long one the first `most` frames."""
+    if path.lower().endswith((".gif", ".webp")):
+        return _pictures(path)[0][:most]
     with imageio.get_reader(path) as reader:
         return np.stack([frame[..., :3] for frame in itertools.islice(reader, most)])
 
 
 def frame_rate(path):
     """Frames a second of a video file, as it says itself. Raises InputError if it does not."""
+    if path.lower().endswith((".gif", ".webp")):
+        return _pictures(path)[1]
     with imageio.get_reader(path) as reader:
-        meta = reader.get_meta_data()
-    if not meta.get("fps") and not meta.get("duration"):
+        fps = reader.get_meta_data().get("fps")
+    if not fps:
         raise InputError(f"{path} does not say its frame rate; expected \"fps\" in its line of clips.jsonl")
-    return meta.get("fps") or 1000 / meta["duration"]
+    return fps
 
 
 def sheet(videos, every=1):

@@ -27,6 +27,7 @@ A falling loss alone proves nothing: both errors may grow. So metrics2.jsonl and
 error against the reference, the margin and the implicit accuracy apart, and the outcome, traj_l2 on held-out scenes,
 along the way; by that outcome the best of all checkpoints is kept, which may be the one that a stage began with.
 """
+import contextlib
 import json
 import math
 import os
@@ -184,17 +185,16 @@ def shards_of(pool):
     return sorted(f[:-len(".safetensors")] for f in os.listdir(pool) if f.endswith(".safetensors") and f[0] != ".")
 
 
+def pools(cfg):
+    """-> of each round the pool of pairs and the number of its first scene: every round has scenes of its own."""
+    return [(f"{cfg.pool}_{r + 1}" if r else cfg.pool, r * cfg.pairs) for r in range(cfg.rounds)]
+
+
 def shard_plan(cfg, pool, scene, device):
-    """The shards of a pool of simulated pairs -> {name: dict(scenario, count: of scenes, start: the first one's
-    number)}. Large clips come one by one: what is drawn, filmed and parsed takes gigabytes each."""
-    names, shard = cfg.scenarios.split(","), 1
-    if sample.small(cfg.height, cfg.width):        # a share for every scenario
-        shard = SHARD * common.scenes_at_once(device) * 25 * 64**2 / (cfg.frames * cfg.height * cfg.width)
-        shard = max(1, min(int(shard), math.ceil(cfg.pairs / len(names))))
-    if os.path.exists(f"{pool}/0000.safetensors"):                                   # begun on another device, perhaps
-        shard = common.read_config(f"{pool}/0000.safetensors").get("count", shard)
-    return {f"{s:04d}": dict(scenario=names[s % len(names)], count=min(shard, cfg.pairs - start), start=scene + start)
-            for s, start in enumerate(range(0, cfg.pairs, shard))}
+    """The shards of a pool of simulated pairs, from scene number `scene` on -> {name: see common.shard_plan}."""
+    size = sample.at_once(cfg, SHARD, device)
+    parts = common.shard_plan(cfg.scenarios.split(","), pool, cfg.pairs, size, scene)
+    return {f"{i:04d}": part for i, part in enumerate(parts)}
 
 
 def check_pool(cfg, models, pool, scene, device):
@@ -486,11 +486,17 @@ def train(cfg, stage, round_number, models, pairs, held_out, folder, stop, devic
         for k, p in trained.items():
             p.copy_(best[k])
     if rank == 0:
+        made = {}
         if "LoRA" in STAGES[stage]:
-            common.save_weights(f"{folder}/lora2.safetensors", M.lora_state(dit),
-                                {"rank": cfg.rank, "alpha": cfg.alpha, "base": dit.base}, torch.bfloat16)
+            made["lora2"] = M.lora_state(dit), {"rank": cfg.rank, "alpha": cfg.alpha, "base": dit.base}
         if "head" in STAGES[stage]:
-            common.save_weights(f"{folder}/head3.safetensors", head, encoder.config, torch.bfloat16)
+            made["head3"] = head, encoder.config
+        if round_number == 1 and stage == cfg.stages.split(",")[0] != "3":           # an earlier run's do not fit these
+            for old in {"lora2", "head3"} - made.keys():
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(f"{folder}/{old}.safetensors")
+        for file, (tensors, config) in made.items():
+            common.save_weights(f"{folder}/{file}.safetensors", tensors, config, torch.bfloat16)
         print(f"wrote the {STAGES[stage]} of val traj_l2 {best['val_traj_l2']:.4f} to {folder}")
     return stop.agreed(device)
 
@@ -498,8 +504,11 @@ def train(cfg, stage, round_number, models, pairs, held_out, folder, stop, devic
 def captions(cfg):
     """Of all scenes that a run may draw candidates for, and of the val clips."""
     names = common.check_names("scenarios", cfg.scenarios, simdata.SCENARIOS)
-    return judge.val_captions(names, cfg.eval_clips) + [c for name in names if cfg.pairs for c in simdata.captions(
-        simdata.make_scene(name, cfg.rounds * cfg.pairs, SEED, "train")[0])]
+    parts = {tuple(part.values()) for pool, first in pools(cfg) for kind in ("cpu", "cuda")          # on a GPU others
+             for part in shard_plan(cfg, pool, first, torch.device(kind)).values()}
+    return judge.val_captions(names, cfg.eval_clips) + [
+        c for name, count, start in sorted(parts)
+        for c in simdata.captions(simdata.make_scene(name, count, SEED, "train", start=start)[0])]
 
 
 def main():
@@ -540,14 +549,13 @@ def main():
     models.dit.checkpointing = cfg.checkpointing
 
     check_pool(cfg, models, cfg.pool, 0, device)   # before hours of work
+    common.make_dir(cfg.scenes)
     held_out = common.in_background(common.disk_cache, cfg.scenes, judge.val_scenes, cfg.scenarios.split(","),
                                 cfg.eval_clips, 32 if sample.small(cfg.height, cfg.width) else 1, rank, world,
                                 form(cfg, models)) if cfg.steps else None
     stop, stopped = common.Stop(), False
-    for round_number in range(1, cfg.rounds + 1):
-        # after the first: other scenes, the policy of now
-        pool = cfg.pool if round_number == 1 else f"{cfg.pool}_{round_number}"
-        if make_pairs(cfg, models, pool, (round_number - 1) * cfg.pairs, stop, device, rank, world):
+    for round_number, (pool, scene) in enumerate(pools(cfg), 1):                     # later ones: the policy of now
+        if make_pairs(cfg, models, pool, scene, stop, device, rank, world):
             stopped = True
             break
         pairs = common.to_device_if_it_fits(load_pairs(cfg, models, pool, rank), device)

@@ -455,20 +455,19 @@ class PhysEncoder(nn.Module):
         self.backbone = DINOv2(config).eval().requires_grad_(False)
         self.readout = Readout(config["dim"]).requires_grad_(False) if config.get("foretell") else None
         self.head = PhysicalHead(config)
-        self.trunk = {k for k in self.head.state_dict() if re.match("(projects|resize_layers|scratch)[.]", k)}
+
+    def trunk(self):
+        """Of the head's state dict what Depth Anything has as well."""
+        return {k: v for k, v in self.head.state_dict().items() if re.match("(projects|resize_layers|scratch)[.]", k)}
 
     def start_head(self, path):
         """Let the head's trunk start from Depth Anything's: a Depth Anything V2 file or folder, official or
         transformers', as wide as the config says, or a depth_head.safetensors of ours. What makes tokens of the trunk's
         map stays random; the convolutions that made depth of it are left out. Raises InputError if the file misfits."""
-        trunk = {k: v for k, v in self.head.state_dict().items() if k in self.trunk}
+        trunk = self.trunk()
         with common.open_weights(path) as (found, _):
-            named = {}
-            for key in found:
-                name = key
-                for pattern, replacement in DepthAnything.RENAMES:
-                    name = re.sub(pattern, replacement, name)
-                named[name.removeprefix("depth_head.")] = found[key]                   # (shape, read)
+            named = {common.renamed(k, DepthAnything.RENAMES).removeprefix("depth_head."): v          # (shape, read)
+                     for k, v in found.items()}
             wrong = [f"missing {k}" for k in trunk if k not in named] + [
                 f"{k} is {tuple(named[k][0])}, expected {tuple(v.shape)}"
                 for k, v in trunk.items() if k in named and named[k][0] != v.shape]
@@ -590,7 +589,8 @@ def render_scenes(scenes, scenarios, seed, split, size, photo, device=torch.devi
     most = 512 * common.scenes_at_once(device)
     tasks = [(name, min(most, n - start), seed, split, size, start, photo, str(device))
              for name, n in zip(names, counts) for start in range(0, n, most)]
-    parts = list(tqdm(common.side_by_side(render_part, tasks, device), f"rendering {split} scenes", len(tasks)))
+    parts = list(tqdm(common.side_by_side(render_part, tasks, device, alone=True), f"rendering {split} scenes",
+                      len(tasks)))
     widest = max(p["body"].shape[1] for p in parts)                                    # scenarios differ in slots
     parts = [p | {"body": F.pad(p["body"], (0, 0, 0, widest - p["body"].shape[1]))} for p in parts]
     return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
@@ -623,10 +623,10 @@ def mirror(batch, which):
     return {k: torch.where(which.view(-1, *[1] * (v.dim() - 1)), v, batch[k]) for k, v in flipped.items()}
 
 
-def cached(path, rank, resume, device, **what):
-    """render_scenes(**what), kept in a file for --resume; rank 0 makes it, the others read it."""
-    made, stamp = None, what | {"world": common.source_hash()}
-    if rank == 0 and not (resume and os.path.exists(path) and common.read_config(path) == stamp):
+def cached(path, rank, device, **what):
+    """render_scenes(**what), kept in a file for as long as its code stays; rank 0 makes it, the others read it."""
+    made, stamp = None, what | {"world": common.source_hash(), "code": common.source_hash(__file__)}
+    if rank == 0 and not (os.path.exists(path) and common.read_config(path) == stamp):
         common.save_weights(path, made := render_scenes(**what, device=device), stamp)
     common.barrier()
     return made or common.read_weights(path)[0]
@@ -800,6 +800,8 @@ def main():
     if cfg.batch % world:
         raise InputError(f"--batch={cfg.batch} is no multiple of the {world} ranks")
     folder = f"out/{cfg.name}"
+    if cfg.backbone and cfg.out:
+        raise InputError("--backbone=FILE gets its readout beside it; expected no --out")
     out = cfg.backbone or cfg.out or f"{folder}/backbone.safetensors"
     if cfg.backbone or cfg.out:
         common.check_writable(out)
@@ -809,8 +811,7 @@ def main():
         common.start_run(cfg, rank, folder)
     clips = f"{folder}/readout_" if cfg.backbone else f"{folder}/"
     state, log = f"{folder}/state.safetensors", f"{folder}/metrics.jsonl"
-    what = dict(rank=rank, resume=cfg.resume, device=device, scenarios=cfg.scenarios, seed=cfg.seed, size=cfg.size,
-                photo=photo)
+    what = dict(rank=rank, device=device, scenarios=cfg.scenarios, seed=cfg.seed, size=cfg.size, photo=photo)
     few = what | dict(device=torch.device("cpu"), scenes=cfg.val_scenes, split="val")
     val = common.in_background(lambda: cached(f"{clips}val.safetensors", **few)) if world == 1 else None
     train = cached(f"{clips}train.safetensors", scenes=cfg.scenes, split="train", **what)
@@ -834,7 +835,7 @@ def main():
         if rank == 0:
             save_readout()
         return
-    common.seed_everything(cfg.seed)
+    torch.manual_seed(cfg.seed)
     model = Pretraining(config, cfg.size // patches, 1 if cfg.depth_only else 8).to(device)
     trained = {k: p for k, p in model.named_parameters() if p.requires_grad}
     # Muon for the matrices inside the networks, AdamW for what enters and leaves them

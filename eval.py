@@ -5,7 +5,7 @@ number means (truth re-parsed, VAE round trip, jittered truth, static, teleport)
     python eval.py                                  # the table on 500 validation scenes, seen and unseen
     python eval.py --split=test --n=1000 --json=out/eval.json
     python eval.py --scenarios=drop,roll
-    python eval.py --rows=plain=out/plain:1,winners=out/winners:2    # run folders, paired with data's Stage I
+    python eval.py --rows=plain=out/plain:1,winners=out/winners:2    # run folders, paired with the first stage
     python eval.py --table --split=test             # PhysMaster's Table 1, of what data/rows.sh has trained
     python eval.py --ckpt=out/sft/dit.safetensors --head=out/sft/head1.safetensors
     python eval.py --clips=FOLDER                   # on clips of any origin, see simdata.py
@@ -94,11 +94,7 @@ def pisa(pred, true):
     """PISA's three numbers for one body: bool masks (T, H, W) -> dict(l2, chamfer, iou), exactly as its code has them.
 
     "l2" is mean(|dx|, |dy|) over sqrt(2) H and skips frames in which either mask is empty (NaN if all are); chamfer is
-    the sum of both mean nearest distances over sqrt(2) H, skipped likewise; iou counts 1 where both are empty.
-    Masks (K, T, H, W) of many bodies give tensors (K,)."""
-    if pred.dim() == 4:
-        bodies = [pisa(p, t) for p, t in zip(pred, true)]
-        return {k: torch.tensor([body[k] for body in bodies]) for k in ("l2", "chamfer", "iou")}
+    the sum of both mean nearest distances over sqrt(2) H, skipped likewise; iou counts 1 where both are empty."""
     scale, l2, chamfer = math.sqrt(2) * pred.shape[1], [], []
     for p, t in zip(pred, true):
         p, t = p.nonzero().float(), t.nonzero().float()                                             # (P, 2), (P', 2)
@@ -186,21 +182,23 @@ def laws(track, flight):
 
 
 def found_laws(c, c_true, counts, flight, batch, fps):
-    """laws() of found and true centres (B, T, N, 2) -> {g_ratio, restitution_error, contact_time_error: (B,)}.
+    """laws() of found and true centres (B, T, N, 2), of bodies that are in the air in frame 1 -> {g_ratio,
+    restitution_error, contact_time_error: (B,)}.
 
-    The same fit on both, so that perspective cancels."""
-    B, T, N, _ = c.shape
-    which = batch["falls"].nonzero()
+    The same fit on both, so that perspective cancels. No body that should fall is left out: of one that is not found
+    long enough g is 0; an error is the largest that there can be, 1 for the restitution, where a contact is missed."""
+    B, T = c.shape[:2]
+    which = (batch["falls"] & flight[:, 1]).nonzero()
     pick = lambda x: x[which[:, 0], :, which[:, 1]]
     known = counts | (torch.arange(T, device=c.device) == 0)[None, :, None]
     track = pick(torch.where(known, c[..., 1], torch.nan))
     track_true = pick(torch.where(known, c_true[..., 1], torch.nan))
     (g, when, bounce), (g_true, when_true, bounce_true) = laws(track, pick(flight)), laws(track_true, pick(flight))
-    g_ratio = torch.where(pick(flight & counts).sum(1) >= 4, g / g_true, torch.nan)
-    # where the truth has a contact and the video has none, the error is the largest there can be, never left out
-    lost = when_true.isfinite() & ~when.isfinite()
-    contact = torch.where(lost, (T - when_true) / fps, (when - when_true).abs() / fps)
-    rebound = torch.where(lost & bounce_true.isfinite(), 1.0, (bounce - bounce_true).abs())
+    g_ratio = torch.where(pick(flight & counts).sum(1) >= 4, g.nan_to_num(0) / g_true, torch.nan)
+    missed = when_true.isfinite() & ~when.isfinite()
+    late = torch.where(when_true.isfinite(), (when - when_true).abs(), T - when)     # where there should be no contact
+    contact = torch.where(missed, torch.maximum(when_true, T - when_true), late) / fps
+    rebound = torch.where(missed & bounce_true.isfinite(), 1.0, (bounce - bounce_true).abs().clamp_max(1))
 
     def spread(x):                                 # bodies back to clips: the mean over a clip's, NaN if none counts
         good = x.isfinite()
@@ -212,7 +210,8 @@ def found_laws(c, c_true, counts, flight, batch, fps):
 
 
 def collision_laws(c, c_true, batch):
-    """What a clip's first collision of two bodies keeps -> {momentum_error, energy_error: (B,)}, NaN without one.
+    """What a clip's first collision of two bodies keeps, of those with four steps before it and three after it ->
+    {momentum_error, energy_error: (B,)}, NaN without one.
 
     Momentum along the picture's width and kinetic energy in its plane, from centres (B, T, N, 2) in px/frame and true
     masses, over the three steps before the contact and the three after it; how much the found change differs from the
@@ -309,13 +308,16 @@ def measure(video, batch, fps=16, detail=True):
         out["velocity_error_after_contact"] = mean(speed, inside & ~when["flight"][:, 1:])
 
     # PISA's, per dropped body, then averaged over the clip's; all bodies' pixels for parser IoU
-    clip, body = batch["falls"].nonzero().unbind(1)
-    for name, value in pisa(found[clip, :, body], true[clip, :, body]).items():
+    judged = batch["falls"].nonzero().tolist()
+    numbers = [pisa(found[b, :, k], true[b, :, k]) for b, k in judged]
+    for name in ("l2", "chamfer", "iou"):
         each = torch.full((B, N), torch.nan, device=c.device)
-        each[clip, body] = value.to(c.device)
+        for (b, k), number in zip(judged, numbers):
+            each[b, k] = number[name]
         out[f"pisa_{name}"] = each.nanmean(1)
     union = (found | true).sum((-2, -1))
     seen = (true_area >= 0.5 * true_area.amax(1, keepdim=True).clamp_min(8)) & batch["alive"][:, None]
+    seen[:, 0] = False
     out["iou_visible"] = mean((found & true).sum((-2, -1)) / union.clamp_min(1), seen)
 
     if when:
@@ -329,22 +331,26 @@ def measure(video, batch, fps=16, detail=True):
     out["area_kept"] = mean(((ratio - 1).abs() <= 0.25).float(), counts)
     out["vanish"] = mean((ratio < 0.25).float(), counts)
     ys, xs = torch.arange(H, device=c.device) + 0.5, torch.arange(W, device=c.device) + 0.5
-    m = found.float()
-    dx = (m.sum(-2) * (xs - border[..., :1]).square()).sum(-1) + (m.sum(-1) * (ys - border[..., 1:]).square()).sum(-1)
-    # pixels of one disc lie area / 2 pi (squared) from its centre; two apart lie far more
-    out["duplicate"] = mean((dx / area.clamp_min(1) > 3 * area / (2 * math.pi) + 1).float(), counts & (area > 0))
-    reach = lambda p: torch.nan_to_num((p - p[:, :1]).norm(dim=-1)).amax(1)                         # (B, N)
-    frozen = (reach(torch.where(counts[..., None], c, c[:, :1]))
-              < 0.2 * reach(torch.where(counts[..., None], c_true, c_true[:, :1])))
-    out["freeze"] = mean(frozen.float(), batch["falls"] & counts.any(1))
+
+    def spread(masks, at):                         # mean squared distance of a mask's pixels from its centre
+        square = ((masks.sum(-2) * (xs - at[..., :1]).square()).sum(-1)
+                  + (masks.sum(-1) * (ys - at[..., 1:]).square()).sum(-1))
+        return square / masks.sum((-2, -1)).clamp_min(1)
+    there = counts & c.isfinite().all(-1)
+    # one body in two places lies far more apart than it should
+    out["duplicate"] = mean((spread(found, c) > 3 * spread(true, c_true) + 1).float(), there)
+    reach = lambda p, where: torch.where(where, (p - p[:, :1]).norm(dim=-1), 0.0).amax(1)           # (B, N) px
+    moves = reach(c_true, counts)
+    frozen = (reach(c, there) < 0.2 * moves).float()
+    out["freeze"] = mean(frozen, batch["falls"] & (moves > 1) & there.any(1))        # of what should move
 
     # frame 0 is given here, too
     square, body = ((video - batch["video"]) / 2).square()[:, :, 1:], (mask[:, 1:] > 0)[:, None]
     psnr = lambda e: -10 * e.clamp_min(1e-10).log10()
     out["psnr"] = psnr(square.mean((1, 2, 3, 4)))
     out["psnr_bodies"] = psnr((square * body).sum((1, 2, 3, 4)) / (3 * body.sum((1, 2, 3, 4))).clamp_min(1))
-    gradient = lambda v: ((v[..., 1:] - v[..., :-1]).abs().mean((1, 2, 3, 4))
-                          + (v[..., 1:, :] - v[..., :-1, :]).abs().mean((1, 2, 3, 4)))
+    gradient = lambda v: ((v[:, :, 1:, :, 1:] - v[:, :, 1:, :, :-1]).abs().mean((1, 2, 3, 4))
+                          + (v[:, :, 1:, 1:] - v[:, :, 1:, :-1]).abs().mean((1, 2, 3, 4)))
     out["sharpness"] = gradient(video) / gradient(batch["video"])
     return out | {f"piq_{k}": v for k, v in physics_iq(video, batch["video"], batch.get("moved")).items()}
 
@@ -407,7 +413,7 @@ def outcome(models, scenes, device, **how):
         total += torch.stack([error.nansum(), error.isfinite().sum()])
         shown += [common.to_uint8(v) for pair in zip(common.from_bytes(batch["film"]), video) for v in pair]
     error, count = common.average(total, device).tolist()
-    return error / count, shown
+    return error / count, sum(common.gather(shown), [])
 
 
 def summary(per_clip):
@@ -417,12 +423,12 @@ def summary(per_clip):
 
 
 def reference_rows(batch, again, vae, device):
-    """Videos that say what a number means: {row: video (B, 3, T, H, W)}. again: the jittered batch, None if unknown."""
+    """Videos that say what a number means: {row: video (B, 3, T, H, W)}. again: the jittered one, None if unknown."""
     video = batch["video"]
     with common.autocast(device):
         chunk = 0 if sample.small(*video.shape[3:]) else 2
         recon = vae.decode(vae.encode(video, chunk), chunk)
-    jittered = {"jittered truth": again["video"]} if again else {}
+    jittered = {"jittered truth": again} if again is not None else {}
     return {"truth re-parsed": video, "VAE round trip": recon, **jittered,
             "static": video[:, :, :1].expand_as(video),
             "teleport to the floor": torch.cat([video[:, :, :1], video[:, :, -1:].expand_as(video[:, :, 1:])], 2)}
@@ -434,10 +440,10 @@ NEEDED = ("video", "photo", "photo_mask", "mask", "alive", "falls", "position", 
 
 
 def scenes(scenario, count, where, photo, jittered):
-    """One chunk of scenes to judge on -> dict(batch, again: the video of the jittered truth, if that is asked for)."""
+    """One chunk of scenes to judge on -> dict(batch, again: the video of the jittered truth, None if not asked for)."""
     batch = simdata.make_batch(scenario, count, **where, photo=photo)
-    again = simdata.make_batch(scenario, count, **where, jitter_seed=0, truth=False) if jittered else {}
-    return dict(batch={k: batch[k] for k in NEEDED}, again={k: again[k] for k in ("video",) if again})
+    again = simdata.make_batch(scenario, count, **where, jitter_seed=0, truth=False)["video"] if jittered else None
+    return dict(batch={k: batch[k] for k in NEEDED}, again=again)
 
 
 def photo_size(size, *encoders):
@@ -588,24 +594,34 @@ CONTROLS = {"4 SFT DiT, DPO DiT": "SFT DiT goes on with truth",
 ENDS = {1: "dit", 2: "lora2", 3: "head3", "head": "head3"}                           # a row's last file
 
 
+# Student's t, 97.5 %, by training seeds less one
+T95 = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}
+
+
 def over_seeds(values, median=False, per=None, draws=1000):
     """(S, n) values of S training seeds on the same n clips, NaN where there are none -> dict(mean, low, high, n,
-    seeds): mean (or median, or mean over that of `per`) of all, and its 95 % bootstrap interval over seeds and clips,
-    both drawn with replacement (over clips alone if S is 1)."""
-    (S, n), g, ok = values.shape, common.generator("bootstrap", *values.shape), values.isfinite()
+    seeds): mean (or median, or mean over that of `per`) of all, and its 95 % interval over clips and seeds.
+
+    What clips add is normal, what so few seeds add is Student's t: the bootstrap's intervals over three seeds hold the
+    mean in 75 of 100 cases. Medians have a bootstrap interval over both; of one seed clips alone count."""
+    (S, n), ok = values.shape, values.isfinite()
     values = values.masked_fill(~ok, torch.nan)
     if not ok.any():
         return dict(mean=None, low=None, high=None, n=0, seeds=S)
-    seed, clip = torch.randint(S, (draws, S), generator=g), torch.randint(n, (draws, n), generator=g)
     if median:
+        g = common.generator("bootstrap", S, n)
+        seed, clip = torch.randint(S, (draws, S), generator=g), torch.randint(n, (draws, n), generator=g)
         mean, again = values.nanmedian(), values[seed[:, :, None], clip[:, None]].flatten(1).nanmedian(1).values
-    else:                                          # how often each is drawn says it all
-        times = [torch.zeros(draws, k).scatter_add_(1, i, torch.ones(i.shape)) for k, i in ((S, seed), (n, clip))]
-        total = lambda x: (times[0] * (times[1] @ x.float().T)).sum(1)
+        low, high = again.nanquantile(torch.tensor([0.025, 0.975]))
+    else:
         whole = ok.float() if per is None else per.masked_fill(~ok, 0)
-        mean, again = values.nansum() / whole.sum(), total(values.nan_to_num()) / total(whole)
-    low, high = again.nanquantile(torch.tensor([0.025, 0.975])).tolist()
-    return dict(mean=mean.item(), low=low, high=high, n=int(ok.any(0).sum()), seeds=S)
+        mean = values.nansum() / whole.sum()
+        off = (values.nan_to_num() - mean * whole) / whole.mean()                    # what each adds to its error
+        half = 1.96 * off.mean(0).std(correction=0) / n**0.5
+        if S > 1:
+            half = torch.hypot(half, T95.get(S - 1, 1.96) * off.mean(1).std() / S**0.5)
+        low, high = mean - half, mean + half
+    return dict(mean=mean.item(), low=low.item(), high=high.item(), n=int(ok.any(0).sum()), seeds=S)
 
 
 def table_one(cfg, places, options, device, rank):
@@ -726,7 +742,7 @@ def brief(result):
         if row.endswith((", paired", ", of the gap")):
             continue
         to = [f"{row} - {other}, paired" for other in (ROWS.get(row, [None] * 3)[2], CONTROLS.get(row))]
-        pisa = "/".join(f"{splits['average'][f'pisa_{k}']['mean']:.{d}f}" for k, d in
+        pisa = "/".join(cell(row, "average", f"pisa_{k}", d).split(" ±")[0] for k, d in
                         (("l2", 4), ("chamfer", 3), ("iou", 3)))
         lines.append("| " + " | ".join([row, str(splits["seen"]["traj_l2"]["seeds"]),
                                         *(cell(row, s, "traj_l2") for s in ("seen", "unseen", "average")),

@@ -14,6 +14,7 @@ of --out: mp4, gif or webp. The same seed gives the same bytes. Without --prompt
     video = generate(models, image, ["a red rubber ball falls"], keys=[0])      # (1, 3, 25, 64, 64) in [-1, 1]
 """
 import json
+import math
 import os
 import shutil
 import sys
@@ -75,6 +76,8 @@ def load_models(data="data", stage=1, ckpt="", head="", device="cpu"):
         check_memory(data, dit, common.read_config(f"{data}/vae.safetensors"), dtype, device)
     common.load_weights(dit, ckpt, dtype, device)
     dit.eval().requires_grad_(False)
+    if not dit.config["phys"] and (head or stage in (3, "head")):
+        raise InputError(f"{ckpt} was trained without physical tokens; expected neither a head nor stage 3")
     dit.base = common.fingerprint(dit.blocks[0])   # which DiT a LoRA belongs to: any training changes the first block
     if stage in (2, 3):
         tensors, lora = common.read_weights(f"{data}/lora2.safetensors")
@@ -85,7 +88,9 @@ def load_models(data="data", stage=1, ckpt="", head="", device="cpu"):
             raise InputError(f"{data}/lora2.safetensors was trained on another dit.safetensors than {ckpt}; expected "
                              "stage 1, or a run of dpo.py on this one")
         M.load_lora(dit, tensors)
-        M.merge_lora(dit).requires_grad_(False)
+        dit.requires_grad_(False)
+        if not large:                              # in bf16 half of so small a step would be rounded off
+            M.merge_lora(dit)
     encoder = None
     if dit.config["phys"]:
         head = head or f"{data}/{'head3' if stage in (3, 'head') else 'head1'}.safetensors"
@@ -103,6 +108,9 @@ def check_foretelling(encoder, cfg):
 
 def check_memory(folder, dit, vae_config, dtype, device):
     """Raises InputError that says what would fit, unless there is room for a DiT of that dtype and its VAE in fp32."""
+    if "latent_mean" not in vae_config:
+        raise InputError(f"the vae.safetensors in {folder} carries no VAE config; expected one of vae.py's or of "
+                         "data/fetch.py's")
     with torch.device("meta"):
         vae = V.VideoVAE(vae_config)
     count = lambda module: sum(p.numel() for p in module.parameters())
@@ -120,6 +128,21 @@ def small(*sides):
     return max(sides) <= SMALL
 
 
+def at_once(cfg, count, device):
+    """How many clips are made together where it would be `count` of nano's on a CPU."""
+    larger = cfg.frames * cfg.height * cfg.width / (25 * 64**2)
+    more = common.scenes_at_once(device) if small(cfg.height, cfg.width) else 1      # large ones take gigabytes
+    return max(1, int(count * more / larger))
+
+
+def link(source, target):
+    """Let the target be a link to the source, if that exists and the target does not (or is one to where it was)."""
+    if os.path.exists(source) and not os.path.exists(target):
+        if os.path.lexists(target):
+            os.remove(target)
+        os.symlink(os.path.realpath(source), target)
+
+
 def copy_weights(data, folder, *names, text_emb=""):
     """Copy these weights of one folder, those that it has, into another, so that that can be --data by itself, and the
     file of captions' features, text_emb or else the folder's."""
@@ -129,10 +152,7 @@ def copy_weights(data, folder, *names, text_emb=""):
             with common.atomic(f"{folder}/{name}.safetensors") as tmp:
                 shutil.copy(file, tmp)
     for part in TEXT_ENCODER:                      # gigabytes: a link will do
-        if os.path.exists(f"{data}/{part}") and not os.path.exists(f"{folder}/{part}"):
-            if os.path.lexists(f"{folder}/{part}"):                                  # to where it was
-                os.remove(f"{folder}/{part}")
-            os.symlink(os.path.realpath(f"{data}/{part}"), f"{folder}/{part}")
+        link(f"{data}/{part}", f"{folder}/{part}")
 
 
 def load_published(folder, name="wan5b", device="cpu", dtype=None):
@@ -267,7 +287,7 @@ class Config:
     temperature: float = DEFAULT_TEMPERATURE  # scale of the initial noise: 1 is all that can happen, 0 one future
     shift: float = 3.0              # > 1 spends more of the steps near noise
     solver: str = "ab2"             # ab2 (second order), euler, or unipc (Wan's own)
-    stage: int = 0                  # 1 SFT, 2 + DPO on the DiT, 3 + DPO on the PhysEncoder; 0: the last there is
+    stage: int = 0                  # 1 SFT, 2 + DPO on the DiT, 3 + DPO on the PhysEncoder; 0: all that is in data
     data: str = "data"              # folder with the weights
     model: str = "nano"             # nano, wan5b or wan1.3b (better: --preset=wan5b, which sets sizes and steps, too)
     weights: str = ""               # Wan: the folder of the published files
@@ -304,6 +324,8 @@ def main():
     if cfg.model != "nano" and not features:
         raise InputError(f"{cfg.model} needs --weights=FOLDER, with the published files of {PUBLISHED[cfg.model]}, "
                          "or --data=FOLDER, a run of sft.py on them")
+    if cfg.text_emb and (cfg.prompt or cfg.negative):
+        raise InputError("--text_emb holds the prompt and the negative one; expected it, or --prompt and --negative")
     if not features and (cfg.text_emb or cfg.negative):
         raise InputError("--text_emb and --negative are for Wan's DiTs; this one reads --prompt as it is")
     if cfg.weights and cfg.model not in PUBLISHED:
@@ -316,6 +338,11 @@ def main():
     out = cfg.out or f"out/{os.path.splitext(os.path.basename(cfg.image))[0]}.mp4"
     if os.path.splitext(out)[1].lower() not in common.VIDEO_EXTENSIONS:
         raise InputError(f"--out={out}: expected a name that ends in {', '.join(common.VIDEO_EXTENSIONS)}")
+    if out.lower().endswith(".gif") and cfg.fps > 50:
+        raise InputError(f"--fps={cfg.fps}: a GIF's frames last at least 20 ms; expected 50 or fewer, or an mp4")
+    if out.lower().endswith(".webp") and (side := max(cfg.height * math.ceil(cfg.n / 4), cfg.width * min(cfg.n, 4))
+                                          * cfg.scale) > 16383:
+        raise InputError(f"--out={out}: {side} pixels are more than the 16383 of a WebP; expected a smaller --scale")
     if not cfg.out:
         common.make_dir("out")
     common.check_writable(out)                     # before the work, not after it
@@ -324,6 +351,7 @@ def main():
     if not prompt:
         with Image.open(cfg.image) as picture:
             prompt = str(picture.info.get("Description", ""))
+    prompt = prompt.encode(errors="replace").decode()                                # a terminal may hand on any bytes
     if note:
         print(note)
 
@@ -342,27 +370,28 @@ def main():
         cfg.data, stage, cfg.ckpt, cfg.head, device)
     if models.encoder is not None and models.encoder.readout is not None and cfg.height != cfg.width:
         print(f"{cfg.width}x{cfg.height}: what this encoder foretells is of square pictures, and less exact in others")
-    captions = [prompt] * cfg.n
     if features:
         if (width := texts[0].shape[1]) != models.dit.config["text_dim"]:
             raise InputError(f"{prompt}: its embeddings are {width} wide; expected {models.dit.config['text_dim']}")
-        captions, null = (x.to(device).expand(cfg.n, -1, -1) for x in texts)
-    elif len(prompt.encode(errors="replace")) > M.BYTES:
+        text, null = (x.to(device) for x in texts)
+    elif len(prompt.encode()) > M.BYTES:
         print(f"the prompt is long: only its first {M.BYTES} bytes are read")
     common.check_sides(cfg, ("height", "width"), 2 * models.vae.stride)
-    photo = None
+    image, photo = image.to(device), None
     if models.encoder is not None:                 # it sees the picture as fine as it can, not as the video will be
         zoom = models.encoder.config["input_size"] / min(cfg.height, cfg.width)
         photo, _ = common.read_image(cfg.image, (round(cfg.height * zoom), round(cfg.width * zoom)))
-        photo = photo.to(device).expand(cfg.n, -1, -1, -1)
-    loaded = time.time()
-    with tqdm(total=cfg.steps, desc="sampling", unit="step") as bar:
-        video = generate(models, image.to(device).expand(cfg.n, -1, -1, -1), captions,
-                         [cfg.seed + i for i in range(cfg.n)], cfg.frames, cfg.steps, cfg.shift, cfg.cfg, cfg.solver,
-                         progress=lambda done, total: bar.update(1), temperature=cfg.temperature,
-                         photo=photo, null=null, chunk=cfg.chunk)
+        photo = photo.to(device)
+    keys, loaded, videos = [cfg.seed + i for i in range(cfg.n)], time.time(), []
+    parts = [keys] if small(cfg.height, cfg.width) else [[key] for key in keys]      # large ones take gigabytes each
+    with tqdm(total=cfg.steps * len(parts), desc="sampling", unit="step") as bar:
+        for part in parts:
+            many = lambda x: None if x is None else x.expand(len(part), *x.shape[-(3 if x.dim() > 2 else 2):])
+            videos += generate(models, many(image), many(text) if features else [prompt] * len(part), part, cfg.frames,
+                               cfg.steps, cfg.shift, cfg.cfg, cfg.solver, progress=lambda done, total: bar.update(1),
+                               temperature=cfg.temperature, photo=many(photo), null=many(null), chunk=cfg.chunk)
     sampled = time.time()
-    common.write_video(out, common.grid([common.to_uint8(v) for v in video], min(cfg.n, 4)), cfg.fps, cfg.scale)
+    common.write_video(out, common.grid([common.to_uint8(v) for v in videos], min(cfg.n, 4)), cfg.fps, cfg.scale)
     print(f"prompt: {prompt or '(none)'}")
     print(f"wrote {out}: {cfg.frames} frames, {cfg.model if cfg.weights else f'stage {stage}'}, "
           f"seed {cfg.seed}{f' to {cfg.seed + cfg.n - 1}' if cfg.n > 1 else ''} "

@@ -14,6 +14,7 @@ metrics.jsonl has the loss by timestep bin, and the sheets show truth above samp
 head1.safetensors, beside them copies of the VAE and the backbone, so that the folder serves as --data everywhere.
 PhysMaster's Stage I starts from a pretrained video model: give one with --init_from; nano starts from nothing.
 """
+import json
 import math
 import os
 import sys
@@ -22,7 +23,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -51,7 +51,7 @@ class Config:
     frames: int = 25                # of a clip, 1 + 4k
     fps: int = 16                   # of the clips
     text_emb: str = ""              # captions' embeddings for a Wan DiT (data/embed_text.py); empty: made with umT5
-    model: str = "nano"             # the DiT, a name in model.CONFIGS
+    model: str = "nano"             # the DiT, a name in model.CONFIGS; --init_from brings its own
     init_from: str = ""             # a dit.safetensors to start from (and from its head1 beside it, unless --head_from)
     phys: bool = True               # with the PhysEncoder; False trains the plain DiT
     head_from: str = ""             # a Depth Anything V2 file: the head starts from its DPT trunk; empty: fresh
@@ -127,23 +127,11 @@ def simulate(scenario, count, start, form, device):
     return prepare(batch, form["size"], form["photo"])
 
 
-def at_once(cfg, count, device):
-    """How many clips are made together where it would be `count` of nano's on a CPU."""
-    larger = cfg.frames * cfg.height * cfg.width / (25 * 64**2)
-    more = common.scenes_at_once(device) if sample.small(cfg.height, cfg.width) else 1       # large ones take gigabytes
-    return max(1, int(count * more / larger))
-
-
 def shards_of(cfg, total, device):
-    """The parts in which a pool is made -> [(scenario, the first clip's number, how many)]."""
-    names = cfg.scenarios.split(",")
+    """The parts in which a pool is made, see common.shard_plan."""
     if cfg.folder:                                 # what is read and not simulated gains nothing from large parts
-        shard = at_once(cfg, SHARD, torch.device("cpu"))
-    else:                                          # small pools, too, have a share of every scenario
-        shard = min(at_once(cfg, SHARD, device), math.ceil(total / len(names)))
-        if os.path.exists(f"{cfg.pool}/0000.safetensors"):                           # begun on another device, perhaps
-            shard = common.read_config(f"{cfg.pool}/0000.safetensors").get("count", shard)
-    return [(names[i % len(names)], start, min(shard, total - start)) for i, start in enumerate(range(0, total, shard))]
+        return common.shard_plan([cfg.folder], cfg.pool, total, sample.at_once(cfg, SHARD, torch.device("cpu")))
+    return common.shard_plan(cfg.scenarios.split(","), cfg.pool, total, sample.at_once(cfg, SHARD, device))
 
 
 def captions(cfg):
@@ -153,8 +141,18 @@ def captions(cfg):
     if cfg.folder:
         said = simdata.Clips(cfg.folder, common.clip_size(cfg), cfg.frames, cfg.fps, cfg.skip_broken).captions
         return held_out + M.tokens_to_strings(M.bytes_to_tokens(said, M.LONG))       # as the pool keeps them
-    return held_out + [c for kind in ("cpu", "cuda") for name, start, n in shards_of(cfg, cfg.clips, torch.device(kind))
-                       for c in simdata.captions(simdata.make_scene(name, n, SEED, "train", start=start)[0])]
+    return held_out + [c for kind in ("cpu", "cuda") for part in shards_of(cfg, cfg.clips, torch.device(kind))
+                       for c in simdata.captions(simdata.make_scene(part["scenario"], part["count"], SEED, "train",
+                                                                    start=part["start"])[0])]
+
+
+def content(folder, start, count):
+    """What some clips of a simdata.Clips are, as far as their lines and files' sizes tell."""
+    lines = folder.lines[start:start + count]
+    files = [f"{folder.folder}/{line['clip']}{end}" for line in lines for end in (
+        ".npz", ".png", *common.VIDEO_EXTENSIONS)]
+    sizes = [os.path.getsize(file) for file in files if os.path.exists(file)]
+    return f"{common.seed_of(json.dumps([lines, sizes])):016x}"
 
 
 def check_pool(cfg, vae, form):
@@ -166,10 +164,12 @@ def check_pool(cfg, vae, form):
     stamp = dict(vae=common.fingerprint(vae.encoder, vae.conv1), statistics=[vae.config[k] for k in (
         "latent_mean", "latent_std")], paths=True) | form
     device = next(vae.parameters()).device
-    for s, (name, start, count) in enumerate(shards_of(cfg, len(folder) if cfg.folder else cfg.clips, device)):
-        source = dict(folder=os.path.abspath(cfg.folder)) if cfg.folder else dict(
-            scenario=name, seed=SEED, physics=cfg.physics)
-        shards.append((f"{cfg.pool}/{s:04d}.safetensors", stamp | source | dict(start=start, count=count)))
+    for s, part in enumerate(shards_of(cfg, len(folder) if cfg.folder else cfg.clips, device)):
+        source = dict(seed=SEED, physics=cfg.physics)
+        if cfg.folder:
+            part["scenario"] = os.path.abspath(cfg.folder)
+            source = dict(content=content(folder, part["start"], part["count"]))
+        shards.append((f"{cfg.pool}/{s:04d}.safetensors", stamp | source | part))
     for path, what in (shard for shard in shards if os.path.exists(shard[0])):
         made = common.read_config(path)
         if different := [k for k in what if made.get(k) != what[k]]:
@@ -186,7 +186,7 @@ def make_pool(cfg, vae, form, shards, folder, device, rank, world):
 
     form: dict(size, frames, fps, photo: S, the pixels a side of the encoder's picture, or its height and width)."""
     small = sample.small(cfg.height, cfg.width)
-    part, chunk = (at_once(cfg, 16, device), 0) if small else (1, 2)                 # clips, latent frames at a time
+    part, chunk = (sample.at_once(cfg, 16, device), 0) if small else (1, 2)          # clips, latent frames at a time
     missing = [shard for shard in shards[rank::world] if not os.path.exists(shard[0])]
     world_now = common.source_hash()
 
@@ -220,11 +220,19 @@ def make_pool(cfg, vae, form, shards, folder, device, rank, world):
     if not cfg.folder and rank == 0 and worlds != {world_now}:
         print(f"note: simdata.py has changed since {cfg.pool} was made; another --pool would be of the world as it is "
               "now")
-    parts = [common.read_weights(path)[0] for path in there]
-    widest = max(p["path"].shape[1] for p in parts)                                 # scenarios differ in bodies
-    for p in parts:
-        p["path"] = F.pad(p["path"], (0, 0, 0, 0, 0, widest - p["path"].shape[1]))
-    return {k: torch.cat([p.pop(k) for p in parts]) for k in ("latent", "photo", "text", "owner", "path")}
+    shapes = []
+    for path in there:
+        with common.open_weights(path) as (found, _):
+            shapes.append({k: shape for k, (shape, _) in found.items()})
+    pool, first = {}, 0
+    for path in there:                             # each to its place: all parts and a whole would be two pools
+        for k, v in common.read_weights(path)[0].items():
+            if k not in pool:
+                widest = [max(n) for n in zip(*(s[k][1:] for s in shapes))]           # scenarios differ in bodies
+                pool[k] = v.new_zeros(sum(s[k][0] for s in shapes), *widest)
+            pool[k][(slice(first, first + len(v)), *map(slice, v.shape[1:]))] = v
+        first += len(v)
+    return pool
 
 
 def get_batch(cfg, pool, step, device):
@@ -237,6 +245,43 @@ def get_batch(cfg, pool, step, device):
     C, k, h, w = pool["latent"].shape[1:]
     return index, keep.to(device), t.to(device), common.noise(
         (cfg.batch, C, k - 1, h, w), cfg.seed, "sft noise", step, device=device)
+
+
+def networks(cfg, device):
+    """-> the DiT and the PhysEncoder (None without one), from where the run starts; the config of that DiT."""
+    config = M.CONFIGS.get(cfg.model, {}) | {"phys": cfg.phys}
+    if cfg.init_from:
+        config = common.read_config(cfg.init_from)
+        if "num_layers" not in config:
+            raise common.InputError(f"--init_from={cfg.init_from} is not a DiT of ours; expected a dit.safetensors")
+        if config["phys"] and not cfg.phys:
+            raise common.InputError(f"--phys=False: {cfg.init_from} was trained with physical tokens; expected one "
+                                    "without, or --phys=True")
+    torch.manual_seed(cfg.seed)
+    # Wan's size, which is loaded below: without random weights first, they take a minute
+    with torch.device("meta" if cfg.init_from and config["text"] == "features" else "cpu"):
+        dit, encoder = M.VideoDiT(config), None
+    if cfg.phys:                                   # the head starts fresh, as in the paper; the backbone stays as is
+        encoder = load_phys_encoder(f"{cfg.data}/backbone.safetensors", config={
+            "out_dim": config["dim"], "foretell": cfg.foretell})
+        sample.check_foretelling(encoder, cfg)
+        if cfg.head_from:
+            encoder.start_head(cfg.head_from)
+    if cfg.init_from:
+        # under a LoRA they stay as they are, and need no more than the products' precision
+        common.load_weights(dit, cfg.init_from, common.precision(device) if cfg.rank else None)
+        head = os.path.join(os.path.dirname(cfg.init_from), "head1.safetensors")
+        # beside a plain DiT a head may lie that an earlier run of that name has left
+        if cfg.phys and config["phys"] and os.path.exists(head) and not cfg.head_from:
+            common.load_weights(encoder.head, head)
+        if cfg.phys and not config["phys"]:        # a plain model learns to listen to the encoder
+            M.add_phys(dit)
+    dit.checkpointing = cfg.checkpointing
+    if cfg.rank:
+        M.add_lora(dit, cfg.rank, cfg.rank, cfg.seed)
+        if cfg.phys:
+            dit.phys_type = nn.Parameter(dit.phys_type.float())
+    return dit, encoder, config
 
 
 class StageOne(nn.Module):
@@ -295,50 +340,23 @@ def main():
     if cfg.fsdp and (world == 1 or len(judge.val_parts(names, cfg.eval_clips, most)) % world):
         raise common.InputError(f"--fsdp=True shards over the ranks of torchrun, here {world}, and all must sample "
                                 f"alike; expected 2 or more, and for example --eval_clips={8 * len(names) * world}")
-    if cfg.graphs and (world > 1 or cfg.accumulate > 1):
-        raise common.InputError(f"--graphs=True with {world} ranks and --accumulate={cfg.accumulate}: expected 1 and 1")
+    if cfg.graphs and (world > 1 or cfg.accumulate > 1 or device.type != "cuda"):
+        raise common.InputError(f"--graphs=True with {world} ranks and --accumulate={cfg.accumulate} on {device.type}: "
+                                "expected 1 and 1 on a GPU")
+    if cfg.folder and not cfg.physics:
+        raise common.InputError("--physics=False is about simulated clips; expected it without --folder")
     if cfg.batch % (world * cfg.accumulate):
         raise common.InputError(f"--batch={cfg.batch} must be a multiple of ranks x accumulate "
                                 f"= {world * cfg.accumulate}")
     vae = load_vae(f"{cfg.data}/vae.safetensors", device=device)
     common.check_frames(cfg), common.check_sides(cfg, ("height", "width"), 2 * vae.stride)
-
-    # the networks
-    config = M.CONFIGS.get(cfg.model, {}) | {"phys": cfg.phys}
-    if cfg.init_from:
-        config = common.read_config(cfg.init_from)
-        if "num_layers" not in config:
-            raise common.InputError(f"--init_from={cfg.init_from} is not a DiT of ours; expected a dit.safetensors")
-        if config["phys"] and not cfg.phys:
-            raise common.InputError(f"--phys=False: {cfg.init_from} was trained with physical tokens; expected one "
-                                    "without, or --phys=True")
-    common.seed_everything(cfg.seed)
-    # Wan's size, which is loaded below: without random weights first, they take a minute
-    with torch.device("meta" if cfg.init_from and config["text"] == "features" else "cpu"):
-        dit, encoder = M.VideoDiT(config), None
-    if cfg.phys:                                   # the head starts fresh, as in the paper; the backbone stays as is
-        encoder = load_phys_encoder(f"{cfg.data}/backbone.safetensors", config={
-            "out_dim": config["dim"], "foretell": cfg.foretell})
-        sample.check_foretelling(encoder, cfg)
-        if cfg.head_from:
-            encoder.start_head(cfg.head_from)
-    if cfg.init_from:
-        # under a LoRA they stay as they are, and need no more than the products' precision
-        common.load_weights(dit, cfg.init_from, common.precision(device) if cfg.rank else None)
-        head = os.path.join(os.path.dirname(cfg.init_from), "head1.safetensors")
-        if cfg.phys and os.path.exists(head) and not cfg.head_from:
-            common.load_weights(encoder.head, head)
-        if cfg.phys and not config["phys"]:        # a plain model learns to listen to the encoder
-            M.add_phys(dit)
-    dit.checkpointing = cfg.checkpointing
-    if cfg.rank:
-        M.add_lora(dit, cfg.rank, cfg.rank, cfg.seed)
-        if cfg.phys:
-            dit.phys_type = nn.Parameter(dit.phys_type.float())
-
+    dit, encoder, config = networks(cfg, device)
     size = common.clip_size(cfg)
     form = dict(size=size, frames=cfg.frames, fps=cfg.fps, photo=judge.photo_size(size, encoder))
+    if cfg.graphs and config["text"] == "features":
+        raise common.InputError("--graphs=True needs captions of one length; expected a DiT that reads bytes")
     pool_parts = check_pool(cfg, vae, form)        # before hours of work
+    common.make_dir(cfg.scenes)
     held_out = common.in_background(common.disk_cache, cfg.scenes, judge.val_scenes, names, cfg.eval_clips, most, rank,
                                 world, form) if cfg.steps else None
     pool = make_pool(cfg, vae, form, *pool_parts, device, rank, world)
@@ -356,7 +374,7 @@ def main():
     raw = StageOne(dit, encoder, visible, cfg.moving)
     shards = shard(raw, device, world) if cfg.fsdp else []
     raw.to(device)
-    if cfg.graphs and device.type == "cuda":
+    if cfg.graphs:
         raw.run = common.Graphed(dit)
     model = DistributedDataParallel(raw) if world > 1 and not cfg.fsdp else raw
     ema = M.EMA(raw, cfg.ema)

@@ -1274,9 +1274,10 @@ def make_batch(scenario, batch_size, seed, split="train", frames=25, size=64, fp
       normal (B,3,T,H,W) of bodies, camera axes (x right, y down, z forward), 0 where there is none;
       flow (B,T-1,2,H,W) px, x right, y down, frame t to t+1; visible (B,T-1,H,W) bool;
       position (B,T,N,3) m, rotation (B,T,N,4) quaternion wxyz, velocity m/s, angular_velocity rad/s (B,T,N,3);
-      alive, dynamic, falls (B,N) bool; shape (B,N) index into SHAPES; half_extents (B,N,3) m; mass kg, restitution,
-      friction (B,N); floor dict; gravity (B,3) m/s^2; camera dict: intrinsics (B,3,3), world_to_camera (B,4,4);
-      caption list[str].
+      impulse (B,T,N,N+1) N s, of the other bodies and of the floor, since the frame before;
+      alive, dynamic, falls (B,N) bool; shape, material (B,N) index into SHAPES, MATERIALS; half_extents (B,N,3) m;
+      mass kg, restitution, friction (B,N); color (B,N,3); light (B,3); floor dict; gravity (B,3) m/s^2; camera dict:
+      intrinsics (B,3,3), world_to_camera (B,4,4); caption list[str].
       photo (B,3,S,S) in [-1,1], frame 0 at a resolution of its own, anti-aliased, if photo = S is given (or (H, W), of
       about the same aspect ratio), and its photo_mask (B,S,S).
     unseen: what the scenario keeps out of training. truth=False skips mask, depth, normal, flow, visible.
@@ -1421,8 +1422,8 @@ class Clips:
         if video is None:
             raise ValueError("its video is missing")
         fps, clip = line.get("fps") or common.frame_rate(video), {}
-        if video.lower().endswith(".gif") and abs(1 / fps - 1 / self.fps) <= 0.005:
-            fps = self.fps                         # a gif's frames last whole hundredths of a second
+        if video.lower().endswith((".gif", ".webp")) and abs(1 / fps - 1 / self.fps) <= 0.005:
+            fps = self.fps                         # their frames last whole hundredths or thousandths of a second
         at = (np.arange(T) * fps / self.fps).round().astype(int)
         raw = common.read_video(video, T + 1 if self.truth else int(at[-1]) + 1)
         if self.truth:
@@ -1457,7 +1458,7 @@ class Clips:
         clips = [self._try(self._clip, line) for line in self.lines[start:start + count]]
         clips = [c for c in clips if c is not None]
         if "mask" in self.truth and clips:         # bodies by their masks, where nothing else is said
-            most = max(int(c["mask"].max()) for c in clips)
+            most = max(1, *(int(c["mask"].max()) for c in clips))                      # nobody: one that is not there
             for c in clips:
                 seen = torch.tensor([bool((c["mask"][0] == k + 1).any()) for k in range(most)], dtype=torch.bool)
                 c.setdefault("alive", seen), c.setdefault("falls", c["alive"])
@@ -1489,7 +1490,7 @@ class Config:
     n: int = 8                     # clips per scenario
     seed: int = 0                  # any integer
     split: str = "train"           # train, val or test
-    unseen: bool = False           # sizes and heights outside the training range
+    unseen: bool = False           # what scenarios keep out of training: sizes, slopes, counts
     height: int = 64               # pixels
     width: int = 64                # likewise
     frames: int = 25               # of a clip

@@ -23,7 +23,6 @@ import subprocess
 import sys
 import time
 import types
-import unittest.mock
 from xml.etree import ElementTree
 
 import numpy as np
@@ -47,6 +46,20 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 common.setup("cpu")                                # as every script does: it keeps memory that was freed
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"                # in processes of their own, too: sums depend on it in the last bit
+os.environ["LOCAL_WORLD_SIZE"] = "1000"            # so few scenes are made before a process starts
+
+
+
+def remembered(vae, latent, known={}):
+    """vae.visibility, which takes a second: of the same clips it is the same."""
+    key = common.fingerprint(vae), latent.shape, latent.double().sum().item()
+    if key not in known:
+        known[key] = V.visibility(vae, latent)
+    return known[key]
+
+
+sft.visibility = dpo.visibility = remembered
+
 
 # What is computed here is too small for a second thread. For the second core there is a second pytest, which runs the
 # slowest tests from the beginning on; here their turn comes last, and they wait for its verdict.
@@ -101,9 +114,7 @@ def run(script, *flags, ok=True, cwd=None):
     argv, random = sys.argv, torch.get_rng_state()
     sys.argv = [script, *map(str, flags)]
     try:
-        # scenes are so few here that processes of their own would take longer to start than to make them
-        with contextlib.chdir(cwd or os.getcwd()), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), \
-                unittest.mock.patch.dict(os.environ, LOCAL_WORLD_SIZE="1000"):
+        with contextlib.chdir(cwd or os.getcwd()), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             common.run(module.main)
     except SystemExit as end:
         code = end.code or 0
@@ -157,8 +168,10 @@ def put(shape, half_extents, position, rotation=None, static=(), e=0.0, mu=0.5, 
 
 
 def together(scenes):
-    """Scenes of as many bodies each, as one batch: that is faster."""
-    return {k: torch.cat([s[k] for s in scenes]) for k in scenes[0]}
+    """The bodies of scenes as one batch, which takes hardly longer than one of them; the first one says what is one."""
+    N = max(s["alive"].shape[1] for s in scenes)
+    pad = lambda v: F.pad(v, (0, 0) * (v.dim() - 2) + (0, N - v.shape[1]))
+    return {k: torch.cat([pad(s[k]) for s in scenes]) for k in scenes[0]}
 
 
 def one_body(shape, restitution, height=1.0):
@@ -188,15 +201,16 @@ def test_free_fall_and_rebound():
 
 def test_what_rests_sinks_in_nowhere():
     """After three seconds no contact of two bodies at rest, or of one with the floor, is over 1 % of the size deep."""
-    for name in ("support", "dominoes"):
-        scene, _ = simdata.make_scene(name, 40, 3)
-        path = simdata.simulate(scene, 49, 16)
-        x, q, v, w = (path[k][:, -1].flatten(0, 1) for k in ("position", "rotation", "velocity", "angular_velocity"))
-        contacts = simdata.Contacts(scene)
-        _, a, b, _, _, gap = contacts.detect(x, simdata.quat_to_matrix(q), v, w, x.new_zeros(contacts.slots, 3))
-        still = F.pad((v.norm(dim=-1) < 0.01) & (w.norm(dim=-1) < 0.05), (0, 1), value=True)
-        rest, thin = still[a] & still[b], 2 * scene["half_extents"].flatten(0, 1).amin(-1)
-        assert rest.sum() > 300 and (gap / thin[a])[rest].min() > -0.01
+    scenes = [simdata.make_scene(name, 40, 3)[0] for name in ("support", "dominoes")]
+    scene = together([{k: scene[k] for k in one_body(0, [0])} for scene in scenes])
+    path = simdata.simulate(scene, 49, 16)
+    x, q, v, w = (path[k][:, -1].flatten(0, 1) for k in ("position", "rotation", "velocity", "angular_velocity"))
+    contacts = simdata.Contacts(scene)
+    _, a, b, _, _, gap = contacts.detect(x, simdata.quat_to_matrix(q), v, w, x.new_zeros(contacts.slots, 3))
+    still = F.pad((v.norm(dim=-1) < 0.01) & (w.norm(dim=-1) < 0.05), (0, 1), value=True)
+    rest, thin = still[a] & still[b], 2 * scene["half_extents"].flatten(0, 1).amin(-1)
+    first = a < 40 * scene["alive"].shape[1]       # of towers, then of dominoes
+    assert (rest & first).sum() > 300 and (rest & ~first).sum() > 300 and (gap / thin[a])[rest].min() > -0.01
 
 
 def test_sliding_and_rolling():
@@ -248,11 +262,25 @@ def test_ramps():
     assert far[4] < 0.001 and far[5] > 0.05                                          # sticks, slides
 
 
-def test_towers_stand():
-    """Five boxes, or five cylinders, of one size stand for ten seconds, each carrying what is above it."""
+@pytest.fixture(scope="module")
+def standing():
+    """Ten seconds of what the next three tests are about -> the scenes of each, a path of a batch, apart."""
+    half, edge = [0.16, 0.14, 0.1], 0.16
     towers = [put([shape] * 5, [[0.15] * 3] * 5, [[0, 0, 0.15 + 0.3 * k] for k in range(5)]) for shape in (1, 2)]
-    path, moved = run_together(towers, 10)
-    assert moved.norm(dim=-1).max() < 0.001
+    heavy = [put([1, top, 1], [half, [0.16, 0.16, 0.1] if top == 2 else half, half],
+                 [[0, 0, 0.1], [x, 0, 0.3], [x, 0, 0.5]]) for top in (1, 2) for x in (edge - 0.02, edge + 0.01)]
+    for tower in heavy:                            # steel on wood
+        tower["mass"] = tower["mass"] * torch.tensor([1.0, 12.0, 12.0])
+    beams = [put([1, 1], [[0.4, 0.1, 0.1], [0.1, 0.4, 0.1]], [[0, 0, 0.1], [0, y, 0.3]]) for y in (0.05, 0.12)]
+    path, _ = run_together(towers + heavy + beams, 10)
+    part = lambda *ends: {k: v[slice(*ends)] for k, v in path.items()}
+    return dict(towers=(towers, part(0, 2)), heavy=(heavy, part(2, 6)), beams=(beams, part(6, 8)))
+
+
+def test_towers_stand(standing):
+    """Five boxes, or five cylinders, of one size stand for ten seconds, each carrying what is above it."""
+    towers, path = standing["towers"]
+    assert (path["position"][:, -1] - path["position"][:, 0]).norm(dim=-1).max() < 0.001
     for b in (0, 1):
         for k in range(5):
             below = path["impulse"][b, 80, k, k - 1 if k else 5].item()              # N s a frame
@@ -260,24 +288,19 @@ def test_towers_stand():
             assert k == 0 or path["impulse"][b, 80, k - 1, k].item() == pytest.approx(below, rel=1e-5)
 
 
-def test_heavy_lies_on_light():
+def test_heavy_lies_on_light(standing):
     """Steel on wood, twelve times lighter: what is pushed past the edge topples, the rest stands, sunk in nowhere."""
-    half, edge = [0.16, 0.14, 0.1], 0.16
-    towers = [put([1, top, 1], [half, [0.16, 0.16, 0.1] if top == 2 else half, half],
-                  [[0, 0, 0.1], [x, 0, 0.3], [x, 0, 0.5]]) for top in (1, 2) for x in (edge - 0.02, edge + 0.01)]
-    for tower in towers:
-        tower["mass"] = tower["mass"] * torch.tensor([1.0, 12.0, 12.0])
-    path, moved = run_together(towers, 3)
-    far = moved[:, 1:].norm(dim=-1).amin(1)
+    _, path = standing["heavy"]
+    far = (path["position"][:, 48] - path["position"][:, 0])[:, 1:3].norm(dim=-1).amin(1)           # after 3 s
     assert far[::2].max() < 0.005 and far[1::2].min() > 0.1
-    assert path["position"][::2, :, 0, 2].min() > 0.1 - 0.002
+    assert path["position"][::2, :49, 0, 2].min() > 0.1 - 0.002
 
 
-def test_beams_lie_across():
+def test_beams_lie_across(standing):
     """No corner of either is in the other: only edges touch. It lies still, unless its weight is beyond the edge."""
-    path, moved = run_together([put([1, 1], [[0.4, 0.1, 0.1], [0.1, 0.4, 0.1]], [[0, 0, 0.1], [0, y, 0.3]])
-                                for y in (0.05, 0.12)], 5)
-    assert moved[0].norm(dim=-1).max() < 0.001 and path["angular_velocity"][0, -1].norm(dim=-1).max() < 1e-3
+    _, path = standing["beams"]
+    moved = path["position"][:, 80, :2] - path["position"][:, 0, :2]                                # after 5 s
+    assert moved[0].norm(dim=-1).max() < 0.001 and path["angular_velocity"][0, 80].norm(dim=-1).max() < 1e-3
     assert moved[1, 1, 2] < -0.02
 
 
@@ -627,6 +650,10 @@ def test_scenarios(name):
         step = moved["position"] - scene["position"]
         assert step[scene["dynamic"]].norm(dim=-1).mean() > 0.01 and step[~scene["dynamic"]].abs().sum() == 0
         assert simdata.dot(step, scene["normal"]).abs().max() < 1e-6
+    clip = simdata.make_batch(name, 8, 6, frames=13)                                # as the judge sees them
+    right, still = (judge.measure(v, clip) for v in (clip["video"], clip["video"][:, :, :1].expand_as(clip["video"])))
+    assert right["freeze"].nansum() == 0 and right["duplicate"].nanmean() < 0.05 and right["vanish"].nanmean() < 0.02
+    assert still["freeze"].nanmean() == 1 and still["duplicate"].nanmean() < 0.1
     batch = simdata.make_batch(name, 4, 5, frames=1)                                # the floor hides what is under it
     s = (torch.arange(64) + 0.5).expand(4, -1)
     d = simdata._rays(batch["camera"], s, s)
@@ -668,14 +695,14 @@ def test_towers_of_the_world_do_what_statics_says():
                      for f, s in ((torch.maximum, -1), (torch.minimum, 1)))
         room = torch.minimum(center - low, high - center).amin(1)                    # as if all were unturned boxes
         margin = torch.where(alive[:, k + 1], torch.minimum(margin, room), margin)
-    path = simdata.simulate(scene, 25, 16)
-    far = torch.where(alive, (path["position"][:, -1] - path["position"][:, 0]).norm(dim=-1), 0).amax(1)
+    # and four boxes, and three cylinders and a box, that lean so far that they stand by 4 and by 13 mm
+    lean = {k: v[[55, 111]] for k, v in simdata.make_scene("support", 112, 0, "val")[0].items() if torch.is_tensor(v)}
+    path = simdata.simulate(together([{k: one[k] for k in one_body(0, [0])} for one in (scene, lean)]), 25, 16)
+    moved = (path["position"][:, -1] - path["position"][:, 0]).norm(dim=-1)
+    far = torch.where(alive, moved[:100, :alive.shape[1]], 0).amax(1)
+    assert moved[100:, :lean["alive"].shape[1]][lean["alive"]].max() < 0.03
     assert (margin > 0.03).sum() > 30 and (margin < -0.01).sum() > 20
     assert far[margin < -0.01].min() > 0.05 and (far[margin > 0.03] < 0.05).all()
-    # four boxes, and three cylinders and a box, that lean so far that they stand by 4 and by 13 mm
-    scene = {k: v[[55, 111]] for k, v in simdata.make_scene("support", 112, 0, "val")[0].items() if torch.is_tensor(v)}
-    path = simdata.simulate(scene, 25, 16)
-    assert (path["position"][:, -1] - path["position"][:, 0]).norm(dim=-1)[scene["alive"]].max() < 0.03
 
 
 def test_256_clips_take_less_than_4_gb():
@@ -989,7 +1016,7 @@ def test_what_the_backbone_is_asked():
 
 def test_shipped_backbone_knows_what_will_happen(photos):
     """From its patch tokens a linear map foretells paths twice as well as from those of an untrained backbone."""
-    sets = [simdata.make_batch("drop", 320, 11, "train", filmed=1, photo=simdata.PHOTO), photos]
+    sets = [simdata.make_batch("drop", 96, 11, "train", filmed=1, photo=simdata.PHOTO), photos]
     trained = E.load_phys_encoder(f"{HERE}/data/backbone.safetensors", config={"out_dim": 8})
     error = []
     for encoder in (trained, E.PhysEncoder(trained.config)):
@@ -1072,10 +1099,10 @@ def test_samples_of_a_pool_show_every_scenario():
     assert torch.equal(few, fit(some)) and not torch.equal(few, fit(range(6)))
 
 
-def test_what_is_foretold_is_mirrored_with_the_picture():
+def test_what_is_foretold_is_mirrored_with_the_picture(photos):
     """For the mirrored picture is asked as well; on these scenes what the picture alone says is worse, by little."""
     encoder = E.load_phys_encoder(f"{HERE}/data/backbone.safetensors", config={"out_dim": 8, "foretell": True})
-    batch = simdata.make_batch("drop", 64, 7, "val", photo=simdata.PHOTO, filmed=1)
+    batch = photos
     (features, grid, told), turned = encoder.features(batch["photo"]), encoder.features(batch["photo"].flip(-1))[2]
     for a, b in zip(E.mirrored(told[:3], grid), turned):
         assert torch.allclose(a, b, atol=1e-4)
@@ -1913,24 +1940,67 @@ def test_pisa_numbers():
     assert judge.pisa(gone & False, a & False)["iou"] == 1 and math.isnan(judge.pisa(gone & False, a)["l2"])
 
 
-def test_pisa_of_many_bodies_is_that_of_each():
-    """Bodies of different sizes, some gone for a while, go into one tensor: each gets the numbers it has alone."""
-    y, x = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
-    disc = lambda cx, cy, r: (x - cx) ** 2 + (y - cy) ** 2 <= r * r
-    true = torch.stack([torch.stack([disc(9 + t, 9, r) for t in range(5)]) for r in (1, 3, 6)])     # (3, 5, 32, 32)
-    pred = torch.stack([torch.stack([disc(9 + 2 * t, 11, r) for t in range(5)]) for r in (2, 3, 5)])
-    pred[0, 2:], true[1, 3], pred[2] = False, False, False
-    for turn in (lambda m: m.flip(-1, -2), lambda m: m):                             # near and far from what is padded
-        many = judge.pisa(turn(pred), turn(true))
-        for i in range(3):
-            for k, v in judge.pisa(turn(pred[i]), turn(true[i])).items():
-                assert many[k][i].item() == pytest.approx(v, abs=1e-6, nan_ok=True), (i, k)
-    p, t = (m[0, 0].nonzero().double() for m in (pred, true))                        # and that is what it should be
-    d = (p[:, None] - t[None]).norm(dim=-1)
-    q, s = (m[0, 1].nonzero().double() for m in (pred, true))
-    e = (q[:, None] - s[None]).norm(dim=-1)
-    want = sum((z.amin(0).mean() + z.amin(1).mean()).item() for z in (d, e)) / 2 / (math.sqrt(2) * 32)
-    assert many["chamfer"][0].item() == pytest.approx(want, abs=1e-6) and many["chamfer"][2].isnan()
+def test_what_the_judge_counts():
+    """A red disc goes to the right; then everything that can be wrong with it, one thing at a time."""
+    T, y, x = 9, *torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
+    disc = lambda cx, cy, r=6: (x - cx) ** 2 + (y - cy) ** 2 <= r * r
+    red = torch.tensor([0.6, -0.8, -0.8]).view(3, 1, 1)
+    paint = lambda where: torch.stack([torch.where(m, red, torch.zeros(3, 64, 64)) for m in where], 1)[None]
+    true = torch.stack([disc(15 + 2 * t, 20) for t in range(T)])                                    # (T, H, W)
+    one = torch.ones(1, 1, dtype=torch.bool)
+    batch = dict(video=paint(true), mask=true[None].byte(), alive=one, falls=one)
+    judged = lambda masks: {k: v.item() for k, v in judge.measure(paint(torch.stack(masks)), batch).items()}
+    right, first, ts = judged([*true]), true[0], range(1, T)
+    assert [right[k] for k in ("traj_l2", "velocity_error", "duplicate", "freeze", "vanish")] == [0] * 5
+    assert [right[k] for k in ("area_kept", "iou_visible", "sharpness", "pisa_iou")] == [1] * 4
+    away = judged([first, *(disc(15 + 5 * t, 20 + 4 * t) for t in ts)])
+    assert away["velocity_error"] == pytest.approx(5, abs=0.01) and away["duplicate"] == away["freeze"] == 0
+    twice = judged([first, *(true[t] | disc(50, 50) for t in ts)])
+    assert twice["duplicate"] == 1 and twice["freeze"] == 0
+    small = judged([first, *(disc(15 + 2 * t, 20, 4) for t in ts)])
+    assert small["area_kept"] == small["vanish"] == 0 and small["duplicate"] == 0 and small["iou_visible"] < 0.6
+    gone = judged([first, *(torch.zeros_like(first) for _ in ts)])
+    assert gone["vanish"] == gone["traj_l2"] == 1 and gone["iou_visible"] == gone["area_kept"] == 0
+    assert math.isnan(gone["freeze"]) and math.isnan(gone["duplicate"])              # nothing there to be either
+    left = judged([first, *(disc(15 + 2 * t, 20, 0) for t in ts)])                   # a single pixel
+    assert left["vanish"] == 1 and math.isnan(left["duplicate"])
+    still = judged([first] * T)
+    assert still["freeze"] == 1 and still["vanish"] == 0
+    brighter = judge.measure(batch["video"] + 0.2 * true, batch)
+    assert brighter["psnr_bodies"].item() == pytest.approx(20, abs=1e-3)             # 0.1 of the range 1
+    # one that stands still as it should is not frozen, and a long one is not two
+    bar = (x - 30).abs() + 9 * (y - 20).abs() <= 18
+    batch = dict(video=paint([bar] * T), mask=bar.expand(1, T, 64, 64).byte(), alive=one, falls=one)
+    stands = judged([bar] * T)
+    assert math.isnan(stands["freeze"]) and stands["duplicate"] == 0
+
+
+def test_laws_of_falling_and_bouncing():
+    """g, contact and restitution of a body that falls from frame 0; of one that leaves the picture; of one that only
+    slides nothing is asked."""
+    t = torch.arange(25.0)
+
+    def track(g, hit, keeps):                      # falls, is hit back by the floor in frame `hit`, and rises
+        down, after = 0.5 * g * t**2, (t - hit).clamp_min(0)
+        y = torch.where(t <= hit, down, 0.5 * g * hit**2 - keeps * g * hit * after + 0.5 * g * after**2)
+        return torch.stack([torch.full_like(y, 30.0), 5 + y], -1)[None, :, None]                    # (1, T, 1, 2)
+    batch, counts = dict(falls=torch.ones(1, 1, dtype=torch.bool)), (t > 0)[None, :, None]
+    flight = (t < 12)[None, :, None]
+    true, none = track(0.4, 12, 0.5), math.nan
+
+    def laws(c, fly=flight, true=true):
+        return [v.item() for v in judge.found_laws(c, true, counts, fly, batch, 16).values()]
+    assert laws(true) == pytest.approx([1, 0, 0], abs=1e-3)                          # g, restitution, seconds
+    assert laws(track(0.4, 12, 0.1))[1] == pytest.approx(0.4, abs=0.06)
+    assert laws(track(0.2, 12, 0.5))[0] == pytest.approx(0.5, abs=1e-3)
+    assert laws(track(0.4, 8, 0.5))[2] == pytest.approx(4 / 16, abs=1e-3)
+    gone = true.clone()
+    gone[:, 3:] = none
+    assert laws(gone)[:2] == [0, 1] and laws(gone)[2] >= 12 / 16                     # none is left out, all is wrong
+    assert laws(track(0.4, 12, 3.0))[1] == 1                                         # no error beyond the largest
+    free = track(0.05, 99, 0)                      # has no contact: one where there should be none is as wrong as soon
+    assert laws(track(0.4, 5, 0), true=free)[2] > 18 / 16 and math.isnan(laws(free, true=free)[2])
+    assert all(map(math.isnan, laws(true, fly=flight & False)))
 
 
 def test_collision_laws():
@@ -2268,6 +2338,35 @@ def test_any_picture(tmp_path):
     flat.save(tmp_path / "k.png", exif=exif)
     turned, _ = common.read_image(str(tmp_path / "k.png"), 64)
     assert (turned[:, 5] < 0).all() != (turned[:, -5] < 0).all() and turned[:, 5].std() < 0.01
+    flat.save(tmp_path / "l.jpg", exif=exif)
+    whole = (tmp_path / "l.jpg").read_bytes()
+    at = whole.index(b"Exif")
+    for i in range(at + 6, at + 40):               # a broken picture, or a picture, but never a traceback
+        (tmp_path / "l.jpg").write_bytes(whole[:i] + b"\xff" + whole[i + 1:])
+        with contextlib.suppress(InputError):
+            common.read_image(str(tmp_path / "l.jpg"), 64)
+
+
+def test_videos_are_written_whole_or_not_at_all(tmp_path):
+    """What ffmpeg cannot do is said, and the old file stays; what lies still takes as long in a GIF or WebP, of whose
+    like frames one is kept, as in an mp4."""
+    path = str(tmp_path / "a.mp4")
+    common.write_video(path, np.zeros((2, 16, 16, 3), np.uint8), 16)
+    before = read_bytes(path)
+    with pytest.raises(InputError, match="cannot write"):
+        common.write_video(path, np.zeros((1, 16, 20480, 3), np.uint8), 16)          # wider than x264 can
+    assert read_bytes(path) == before and os.listdir(tmp_path) == ["a.mp4"]
+    os.remove(path)
+    film = np.zeros((30, 16, 16, 3), np.uint8)
+    for i in range(10):
+        film[12 + i, :, i:i + 4] = 255
+    for name in ("a.gif", "a.webp", "a.mp4"):
+        common.write_video(str(tmp_path / name), film, 16)
+        again = common.read_video(str(tmp_path / name))
+        assert len(again) == 30 and abs(1 / common.frame_rate(str(tmp_path / name)) - 1 / 16) < 0.005, name
+        assert (again.astype(int) - film).__abs__().mean() < 4, name
+        assert len(simdata.Clips(str(tmp_path), 16, 25).read(0, 1)["video"][0, 0]) == 25
+        os.remove(tmp_path / name)
 
 
 def test_what_was_simulated_is_remembered_until_its_code_changes(tmp_path, monkeypatch):
@@ -2312,6 +2411,15 @@ def test_no_process_outlives_the_one_that_started_it(tmp_path):
     while alive() and time.time() < deadline:
         time.sleep(0.1)
     assert len(children) >= 2 and not alive()
+    # and one that is killed, as for want of memory, ends the run with one line
+    (tmp_path / "wait.py").write_text(f"""if __name__ == "__main__":
+    import sys
+    sys.path.insert(0, {HERE!r})
+    import os, common
+    common.run(lambda: list(common.side_by_side(os._exit, [(9,)] * 2)))
+""")
+    done = subprocess.run([sys.executable, "wait.py"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: a process that simulates was killed"), done.stderr
 
 
 @pytest.mark.parametrize("ends, code", [("raise common.InputError('no')", 2), ("pass", 0)])
@@ -2340,12 +2448,9 @@ common.run(main)
 
 def test_clips_made_side_by_side_are_the_same(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
-    both = list(common.side_by_side(V.clips, [("drop", "val", 2, 0, 0), ("drop", "val", 1, 0, 2)]))
-    assert [len(c["video"]) for c in both] == [2, 1]
-    for k, v in V.clips("drop", "val", 3, 0, 0).items():
-        assert torch.equal(torch.cat([c[k] for c in both]), v), k
-    made = list(common.side_by_side(np.ones, [(2,)] * 2)) + list(common.side_by_side(np.ones, [(2,)]))
-    assert all(torch.equal(v, torch.ones(2, dtype=torch.double)) for v in made)      # arrays come back as tensors
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    one, = common.side_by_side(np.ones, [(2,)])    # arrays come back as tensors, from other processes as well
+    assert torch.equal(one, torch.ones(2, dtype=torch.double))
     # dicts in dicts and what is no tensor come through, and one task more than there are processes at a time
     tasks = [("drop", 1, dict(seed=0, split="val", start=i, frames=2, size=16), 0, False) for i in range(3)]
     with pytest.raises(KeyError):                  # without a photo the judge lacks one: what a process raises
@@ -2353,8 +2458,9 @@ def test_clips_made_side_by_side_are_the_same(monkeypatch):
     whole = simdata.make_batch("drop", 3, 0, "val", 2, 16, photo=28)
     made = common.side_by_side(judge.scenes, [(*task[:3], 28, task[4]) for task in tasks])
     for i, part in enumerate(made):
-        assert part["again"] == {} and part["batch"]["caption"] == whole["caption"][i:i + 1]
+        assert part["again"] is None and part["batch"]["caption"] == whole["caption"][i:i + 1]
         assert torch.equal(part["batch"]["camera"]["intrinsics"], whole["camera"]["intrinsics"][i:i + 1])
+        assert all(torch.equal(part["batch"][k], whole[k][i:i + 1]) for k in ("video", "mask", "photo", "impulse"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2362,6 +2468,11 @@ def test_clips_made_side_by_side_are_the_same(monkeypatch):
 
 TINY_SFT = ["--clips=8", "--batch=4", "--eval_clips=2", "--warmup=1", "--log_every=1", f"--data={HERE}/data",
             "--scenarios=drop,roll", "--frames=13", "--device=cpu"]
+
+
+def read_bytes(path):
+    with open(path, "rb") as f:
+        return f.read()
 
 
 def read_all(path):
@@ -2434,7 +2545,7 @@ def test_sft_resumes_to_the_bit_and_two_ranks_equal_one(tmp_path):
     assert pool == ["drop", "roll"]                # of eight clips, too, every scenario has its share
     # a base that knows no physics, and Stage I from there: the plain DiT learns to listen
     refused("sft.py", *TINY_SFT, "--physics=False", cwd=tmp_path, says="another physics")
-    refused("sft.py", *TINY_SFT, "--graphs", "--accumulate=2", cwd=tmp_path, says="--accumulate=2: expected 1 and 1")
+    refused("sft.py", *TINY_SFT, "--graphs", "--accumulate=2", cwd=tmp_path, says="expected 1 and 1 on a GPU")
     # no steps: the pool alone, also where there is no backbone yet, and the same as with one
     run("sft.py", *TINY_SFT, "--steps=0", "--phys=False", "--name=none", "--pool=out/alone", cwd=tmp_path)
     shards = sorted(os.listdir(tmp_path / "out/alone"))
@@ -2487,7 +2598,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 def main():
     device, rank, world = common.setup("cpu")
-    common.seed_everything(0)
+    torch.manual_seed(0)
     net = sft.StageOne(M.VideoDiT(M.CONFIGS["nano"] | dict(num_layers=1)),
                        E.PhysEncoder(E.CONFIGS["nano"] | dict(out_dim=256)))
     with torch.no_grad():
@@ -2528,7 +2639,7 @@ def tiny_wan(data):
     data.mkdir()
     for name in ("vae", "backbone"):
         os.symlink(f"{HERE}/data/{name}.safetensors", data / f"{name}.safetensors")
-    common.seed_everything(0)
+    torch.manual_seed(0)
     dit = M.VideoDiT(M.WAN | dict(in_dim=32, out_dim=32, dim=64, ffn_dim=128, num_heads=2, num_layers=2, text_dim=24,
                                   text_len=16))
     common.save_weights(data / "dit.safetensors", dit, dit.config, torch.bfloat16)
@@ -2629,9 +2740,19 @@ def test_all_stages_of_a_dit_with_a_text_encoder(tmp_path, monkeypatch):
     cfg = common.parse_config(sft.Config, ["--preset=wan5b", *small], sft.PRESETS)
     said = set(sft.captions(cfg))
     parts = {kind: sft.shards_of(cfg, 1040, torch.device(kind)) for kind in ("cpu", "cuda")}
-    assert len(parts["cpu"]) == 3 and parts["cuda"] == [("drop", 0, 520), ("roll", 520, 520)]
-    for name, start, n in parts["cpu"] + parts["cuda"]:
-        assert said >= {*simdata.captions(simdata.make_scene(name, n, sft.SEED, "train", start=start)[0])}
+    assert len(parts["cpu"]) == 3 and parts["cuda"] == [
+        dict(scenario="drop", count=520, start=0), dict(scenario="roll", count=520, start=520)]
+    of = lambda part, seed: {*simdata.captions(simdata.make_scene(
+        part["scenario"], part["count"], seed, "train", start=part["start"])[0])}
+    assert all(said >= of(part, sft.SEED) for part in parts["cpu"] + parts["cuda"])
+    # of pairs those of every round's scenes, and no other
+    cfg = common.parse_config(dpo.Config, ["--preset=wan5b", *small[:3], "--pairs=70", "--rounds=2", "--eval_clips=1",
+                                           "--scenarios=drop,roll"], dpo.PRESETS)
+    plans = [dpo.shard_plan(cfg, pool, first, torch.device(kind)) for pool, first in dpo.pools(cfg)
+             for kind in ("cpu", "cuda")]
+    assert [len(plan) for plan in plans] == [2] * 4 and plans[2]["0001"] == dict(scenario="roll", count=35, start=105)
+    assert set(dpo.captions(cfg)) == set().union(
+        judge.val_captions(["drop", "roll"], 1), *(of(part, dpo.SEED) for plan in plans for part in plan.values()))
     # large clips take gigabytes each: one by one, also where there is a GPU; and read as many as on a CPU
     cfg = common.parse_config(dpo.Config, ["--preset=wan5b", "--pairs=3", "--scenarios=drop,roll"], dpo.PRESETS)
     assert [*dpo.shard_plan(cfg, "nowhere", 5, torch.device("cuda")).values()] == [
@@ -2639,7 +2760,7 @@ def test_all_stages_of_a_dit_with_a_text_encoder(tmp_path, monkeypatch):
     for more in ("--folder=clips", "--clips=9"):
         cfg = common.parse_config(sft.Config, ["--preset=wan5b", more], sft.PRESETS)
         shards = [sft.shards_of(cfg, 9, torch.device(kind)) for kind in ("cuda", "cpu")]
-        assert shards[0] == shards[1] and all(n <= 4 for _, _, n in shards[0])
+        assert shards[0] == shards[1] and all(part["count"] <= 4 for part in shards[0])
     filmed, render = [], simdata.render
     monkeypatch.setattr(simdata, "render", lambda scene, *x: filmed.append(len(scene["eye"])) or render(scene, *x))
     simdata.make_batch("drop", 3, 0, frames=2, size=[640, 1024], truth=False)
@@ -2747,7 +2868,6 @@ def test_dpo_runs_and_resumes(tmp_path, monkeypatch):
     # of whoever has the truth among the candidates, the other pairs are as they would be without it
     again = dpo.chosen(lines[1], best_only=False, mirror=True, truth=False)
     assert [lines[1][i] for i in again] == lines[0]
-    run("dpo.py", *tiny, "--name=none", "--steps=1", "--stages=2", "--pool=out/told", cwd=tmp_path)
     refused("dpo.py", *tiny, "--name=c", "--steps=1", "--truth=True", cwd=tmp_path, says="another truth")
     lines = [[some[i] for i in dpo.chosen(some, best_only=True, mirror=False, truth=True)] for some in lines]
     assert len(lines[0]) == len(lines[1]) == 4
@@ -2758,9 +2878,14 @@ def test_dpo_runs_and_resumes(tmp_path, monkeypatch):
     log = [json.loads(line) for line in open(tmp_path / "out/true/metrics2.jsonl")]
     assert {e["margin"] for e in log if "margin" in e} <= {0.0}
     # rows 6 and 9 of the paper's table; new pairs in the second round, of other scenes and by the policy of then
+    for name, file in (("head", "lora2"), ("none", "head3")):                        # what an earlier run left there
+        os.makedirs(tmp_path / f"out/{name}", exist_ok=True)
+        shutil.copy(tmp_path / f"out/a/{file}.safetensors", tmp_path / f"out/{name}")
     run("dpo.py", *tiny, "--name=head", "--steps=1", "--stages=head", cwd=tmp_path)
     assert {k.split("/")[1].split(".")[0] for k in read_all(tmp_path / "out/head/statehead.safetensors")
             if k.startswith("model/")} == {"head"} and not (tmp_path / "out/head/lora2.safetensors").exists()
+    run("dpo.py", *tiny, "--name=none", "--steps=1", "--stages=2", "--pool=out/told", cwd=tmp_path)
+    assert not (tmp_path / "out/none/head3.safetensors").exists()
     run("dpo.py", *tiny, "--name=both", "--steps=1", "--stages=2,both", "--rounds=2", cwd=tmp_path)
     begun, ended = (read_all(tmp_path / f"out/both/state{x}.safetensors") for x in ("2_2", "both_2"))
     earlier = read_all(tmp_path / "out/both/stateboth.safetensors")
@@ -2839,8 +2964,11 @@ def test_dpo_runs_and_resumes(tmp_path, monkeypatch):
 def test_vae_and_encoder_train_and_resume(tmp_path):
     for script, name, flags in (("vae.py", "vae", ["--clips=4", "--val_clips=2", "--batch=2"]),
                                 ("encoder.py", "backbone", ["--scenes=8", "--val_scenes=4", "--batch=4"])):
-        flags += ["--steps=8", "--eval_every=8", "--scenarios=drop,roll", "--device=cpu"]
+        flags += ["--steps=5", "--eval_every=5", "--scenarios=drop,roll", "--device=cpu"]
         run(script, *flags, "--name=whole", f"--out={name}.safetensors", cwd=tmp_path)
+        os.makedirs(tmp_path / "out/cut")          # of the same scenes
+        for file in {"vae.py": ["clips"], "encoder.py": ["train", "val"]}[script]:
+            shutil.copy(tmp_path / f"out/whole/{file}.safetensors", tmp_path / "out/cut")
         stopped(script, *flags, "--name=cut", cwd=tmp_path, when=tmp_path / "out/cut/metrics.jsonl")
         run(script, *flags, "--name=cut", "--resume=True", cwd=tmp_path)
         whole, cut = (read_all(tmp_path / f"out/{run_name}/state.safetensors") for run_name in ("whole", "cut"))
@@ -2861,6 +2989,7 @@ def test_vae_and_encoder_train_and_resume(tmp_path):
     with pytest.raises(InputError, match="fitted to another backbone"):
         E.load_phys_encoder(str(tmp_path / "mixed/backbone.safetensors"), config={"out_dim": 8, "foretell": True})
     # depth alone: it learns, and nobody has asked it about bodies
+    shutil.copytree(tmp_path / "out_backbone/cut", tmp_path / "out/depth")
     run("encoder.py", *flags, "--name=depth", "--depth_only=True", "--out=depth.safetensors", cwd=tmp_path)
     depth = read_all(tmp_path / "out/depth/state.safetensors")
     assert not depth["model/readout.weight"].any() and not depth["model/readout.bias"].any()
@@ -2916,6 +3045,12 @@ def test_clips_on_disk(tmp_path, monkeypatch):
     cell = pool["owner"].unflatten(1, (8, 8, 2, 2))                            # rows, columns of patches, then of cells
     assert torch.equal(cell[8:], cell[:8].flip(2, 4))
     assert M.tokens_to_strings(pool["text"][8:]) == back["caption"]
+    lines = (folder / "clips.jsonl").read_text()
+    (folder / "clips.jsonl").write_text(lines.replace('"caption": "', '"caption": "soon ', 1))
+    with pytest.raises(InputError, match="another content"):                         # another caption is another clip
+        sft.check_pool(cfg, vae, form)
+    (folder / "clips.jsonl").write_text(lines)
+    sft.check_pool(cfg, vae, form)
 
     # clips from elsewhere: masks alone, other pixels and rates, no index, nothing at all
     own = tmp_path / "own"
@@ -2990,6 +3125,10 @@ def test_clips_on_disk(tmp_path, monkeypatch):
     assert back["video"].shape == (1, 3, 5, 32, 48) and (back["photo"] - true["photo"]).abs().mean() < 0.02
     refused("eval.py", f"--data={HERE}/data", f"--clips={tmp_path}/wide", "--height=32", "--width=48", "--frames=5",
             "--device=cpu", cwd=tmp_path, says="square clips at 16 fps")
+    np.savez(own / "0.npz", mask=np.zeros((25, 64, 64), np.uint8))                   # nobody in view: nothing to judge
+    np.savez(own / "1.npz", mask=np.zeros((25, 64, 64), np.uint8))
+    empty = simdata.Clips(str(own)).read(0, 2)
+    assert judge.measure(empty["video"], empty)["traj_l2"].isnan().all()
     for place, says in ((film, "mask"), ("none", "no folder of clips")):
         monkeypatch.setattr(sys, "argv", ["eval.py", f"--data={HERE}/data", f"--clips={place}", "--skip_broken=True"])
         with pytest.raises(InputError, match=says):
@@ -3001,8 +3140,9 @@ def test_simdata_and_eval_commands(tmp_path):
     run("simdata.py", "--n=2", "--frames=5", cwd=tmp_path)
     assert (tmp_path / "out/simdata/drop.png").exists()
     assert common.read_video(str(tmp_path / "out/simdata/drop.mp4")).shape[0] == 5
-    done = run("eval.py", f"--data={HERE}/data", "--scenarios=drop,roll", "--n=3", "--steps=2", "--best_of=2",
-               f"--rows=again={HERE}/data:1,tuned={HERE}/data:2", "--json=eval.json", "--device=cpu", cwd=tmp_path)
+    done = run("eval.py", f"--data={HERE}/data", "--scenarios=drop,roll", "--n=3", "--steps=2", "--frames=13",
+               "--best_of=2", f"--rows=again={HERE}/data:1,tuned={HERE}/data:2", "--json=eval.json", "--device=cpu",
+               cwd=tmp_path)
     assert "| truth re-parsed | seen |" in done.stdout and "| row | scenes | drop | roll |" in done.stdout
     result = json.load(open(tmp_path / "eval.json"))
     assert {"truth re-parsed", "VAE round trip", "jittered truth", "static", "teleport to the floor",
@@ -3018,17 +3158,20 @@ def test_simdata_and_eval_commands(tmp_path):
     assert result["tuned"]["seen"]["psnr"]["mean"] != result["again"]["seen"]["psnr"]["mean"]
     # two ranks share the scenes and come to the same
     two_ranks(f"{HERE}/eval.py", f"--data={HERE}/data", "--scenarios=drop,roll", "--n=3", "--steps=2", "--chunk=1",
-              "--json=ranks.json", "--device=cpu", cwd=tmp_path)
+              "--frames=13", "--json=ranks.json", "--device=cpu", cwd=tmp_path)
     ranks = json.load(open(tmp_path / "ranks.json"))
-    for row in ("truth re-parsed", "static", "Stage I"):
+    for row, off in (("truth re-parsed", 1e-5), ("static", 1e-5), ("Stage I", 0.003)):                 # batches round
         for split in ("seen", "unseen"):
             one, two = (x[row][split]["traj_l2"] for x in (result, ranks))
-            assert one["n"] == two["n"] and one["mean"] == pytest.approx(two["mean"], abs=0.02), (row, split)
+            assert one["n"] == two["n"] and one["mean"] == pytest.approx(two["mean"], abs=off), (row, split)
 
 
-def test_told_the_truth():
+def test_told_the_truth(monkeypatch):
     """Where the encoder's foresight is put right, what falls lands where it should: the rest is the DiT's painting."""
-    rows = judge.evaluate({"I": judge.sample.load_models(f"{HERE}/data", 1)}, "val", 8, steps=6, temperature=0.45)
+    monkeypatch.setattr(judge, "reference_rows", lambda *batch: {})
+    where = dict(size=64, frames=25, fps=16, seed=0, split="val", start=0, unseen=False)
+    rows = judge.evaluate({"I": judge.sample.load_models(f"{HERE}/data", 1)}, "val", 8, steps=6, temperature=0.45,
+                          films=iter([judge.scenes("drop", 8, where, simdata.PHOTO, False)]))
     told, own = (rows[k]["traj_l2"].nanmean() for k in ("I, told the truth", "I"))
     assert told < 0.5 * own
 
@@ -3056,7 +3199,7 @@ def test_table_of_rows(tmp_path):
     head = common.read_weights(f"{HERE}/data/head1.safetensors")
     common.save_weights(str(tmp_path / "out/rows/0/row6/head3.safetensors"), {k: 1.1 * v for k, v in head[0].items()},
                         head[1])
-    flags = "--table", "--scenarios=roll", "--n=2", "--steps=2", "--device=cpu", "--json=table.json"
+    flags = "--table", "--scenarios=roll", "--n=2", "--steps=2", "--frames=13", "--device=cpu", "--json=table.json"
     done = run("eval.py", *flags, cwd=tmp_path)
     table = json.load(open(tmp_path / "table.json"))
     one, six = (next(k for k in judge.ROWS if k.startswith(n)) for n in "36")
@@ -3245,13 +3388,13 @@ def test_everything_from_nothing_on_a_gpu(tmp_path):
 
 
 def test_intervals_over_seeds_hold_the_truth():
-    """Where seeds differ by 1 and clips by 1: 95 % intervals of 8 seeds hold the true mean about as often."""
-    g, held = torch.Generator().manual_seed(0), 0
-    for _ in range(100):
-        values = torch.randn(8, 1, generator=g) + torch.randn(1, 60, generator=g) + torch.randn(8, 60, generator=g)
-        m = judge.over_seeds(values, draws=200)
-        held += m["low"] < 0 < m["high"]
-    assert 82 <= held <= 99                        # few seeds: a little too narrow
+    """Where seeds differ by 1 and clips by 1: 95 % intervals hold the true mean about as often, of 2 seeds as well."""
+    g, made = torch.Generator().manual_seed(0), lambda *shape: torch.randn(*shape, generator=g)
+    for seeds in (2, 3, 8):
+        several = [judge.over_seeds(made(seeds, 1) + made(1, 60) + made(seeds, 60)) for _ in range(300)]
+        assert 0.93 <= sum(m["low"] < 0 < m["high"] for m in several) / 300 <= 0.995, seeds
+    alone = [judge.over_seeds(made(1, 60)) for _ in range(300)]                      # one seed: over clips
+    assert 0.91 <= sum(m["low"] < 0 < m["high"] for m in alone) / 300 <= 0.98
     flat = judge.over_seeds(torch.tensor([[1.0, 2.0, math.nan]]))
     assert flat["mean"] == 1.5 and flat["n"] == 2 and flat["seeds"] == 1
     whole = torch.rand(3, 200, generator=g) + 1    # a third of it, with noise
@@ -3323,9 +3466,11 @@ def test_shipped_model_listens():
     guided = sample.generate(models, image, captions, keys, steps=8, cfg=4.0)
     assert 0.005 < (guided - video).abs().mean() < 0.2
     # a lower temperature brings two seeds closer together, not into one
-    spread = lambda T: (sample.generate(models, image, captions, keys, steps=8, temperature=T) - sample.generate(
-        models, image, captions, [("u", i) for i in range(4)], steps=8, temperature=T)).abs().mean()
-    assert 0.1 * spread(1.0) < spread(sample.DEFAULT_TEMPERATURE) < 0.8 * spread(1.0) and spread(0.0) == 0
+    seed = lambda name, T: sample.generate(models, image, captions, [(name, i) for i in range(4)], steps=8,
+                                           temperature=T)
+    hot = (video - seed("u", 1.0)).abs().mean()
+    cool, cold = ((seed("t", T) - seed("u", T)).abs().mean() for T in (sample.DEFAULT_TEMPERATURE, 0.0))
+    assert 0.1 * hot < cool < 0.8 * hot and cold == 0
     photo = simdata.make_batch("drop", 4, 77, "val", filmed=1, photo=simdata.PHOTO, truth=False)["photo"]
     finer = sample.generate(models, image, captions, keys, steps=8, photo=photo)
     assert 1e-3 < (finer - video).abs().mean() < 0.05                            # the encoder sees more in the photo
@@ -3429,7 +3574,8 @@ def test_readme_trains_from_nothing(tmp_path):
     for line in block.splitlines():
         script = next((word for word in line.split() if word in small), None)
         line += f" {small[script]} --steps=1 --eval_every=1 --scenarios=drop,roll" if script else ""
-        done = subprocess.run(["bash", "-c", line], cwd=tmp_path, env=shell, capture_output=True, text=True)
+        own = {k: v for k, v in shell.items() if k != "LOCAL_WORLD_SIZE" or script != "vae.py"}     # with processes
+        done = subprocess.run(["bash", "-c", line], cwd=tmp_path, env=own, capture_output=True, text=True)
         assert done.returncode == 0, f"{line}\n{done.stderr[-2000:]}"
     shutil.copy(f"{HERE}/data/drop.png", tmp_path)
     for stage in "123":

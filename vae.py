@@ -456,14 +456,16 @@ def simulate(scenarios, split, count, seed, device, chunk=256):
     chunk = min(chunk * common.scenes_at_once(device), math.ceil(count / len(names)))
     tasks = [(names[i // chunk % len(names)], split, min(chunk, count - i), seed, i, str(device))
              for i in range(0, count, chunk)]
-    parts = list(tqdm(common.side_by_side(clips, tasks, device), total=len(tasks), desc=f"simulating {split} clips"))
+    parts = list(tqdm(common.side_by_side(clips, tasks, device, alone=True), total=len(tasks),
+                      desc=f"simulating {split} clips"))
     return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
 
 
 def load_clips(cfg, rank, folder, device):
     """The clips as a dict of uint8 tensors, from the run folder if they are there; rank 0 simulates them once."""
     path = f"{folder}/clips.safetensors"
-    key = {k: getattr(cfg, k) for k in ("scenarios", "clips", "val_clips", "seed")} | {"world": common.source_hash()}
+    key = {k: getattr(cfg, k) for k in ("scenarios", "clips", "val_clips", "seed")} | {
+        "world": common.source_hash(), "code": common.source_hash(__file__)}
     if rank == 0 and not (os.path.exists(path) and common.read_config(path) == key):
         made = simulate(cfg.scenarios, "train", cfg.clips, cfg.seed, device)
         val = simulate(cfg.scenarios, "val", cfg.val_clips, cfg.seed, torch.device("cpu"))     # few
@@ -549,7 +551,7 @@ def main():
                                 f"--window={cfg.window} must be 1 + 4k, --crop={cfg.crop} a multiple of 8")
     if cfg.out:
         common.check_writable(cfg.out)
-    common.seed_everything(cfg.seed)
+    torch.manual_seed(cfg.seed)
     raw = VideoVAE(CONFIGS["nano"])
     if cfg.init_from:
         raw.config |= common.load_weights(raw, cfg.init_from)                          # its latent statistics, too
@@ -601,8 +603,7 @@ def main():
                 bar.set_postfix(psnr=f"{-10 * math.log10(max(entry['mse'], 1e-9) / 4):.2f}")
         ending = stop.agreed(device)
         if seen % cfg.eval_every == 0 or seen == cfg.steps or ending:
-            if rank == 0:
-                common.save_state(state, seen, {"model": raw}, *optimizers)
+            common.save_state(state, seen, {"model": raw}, *optimizers)
         if seen % cfg.eval_every == 0 or seen == cfg.steps:
             whole, inside, shown = evaluate(raw, data, device, rank, world)
             if rank == 0:
@@ -613,7 +614,7 @@ def main():
         if ending:
             break
 
-    if stop.agreed(device):
+    if seen < cfg.steps:
         if rank == 0:
             print(f"stopped after {seen} steps; go on with --resume=True")
     else:

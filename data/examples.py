@@ -23,7 +23,9 @@ def clip(scenario, index, **options):
     return simdata.make_batch(scenario, 1, 100, "test", start=index, truth=False, **options)
 
 
-if __name__ == "__main__":
+def main():
+    if sys.argv[1:]:
+        raise common.InputError(f"{sys.argv[1]}: this script has no flags, it writes data/*.png")
     for name, scene in SCENES.items():
         first = clip(*scene, frames=1, photo=SIZE)
         info = PngImagePlugin.PngInfo()
@@ -31,3 +33,7 @@ if __name__ == "__main__":
         with common.atomic(f"{HERE}/{name}.png") as tmp:
             Image.fromarray(common.to_uint8(first["photo"][0][:, None])[0]).save(tmp, pnginfo=info)
         print(f"{name}.png: {first['caption'][0]}")
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -13,7 +13,6 @@ all uses, base and large are not); without one the folder gets nano's, which has
 """
 import os
 import re
-import shutil
 import sys
 from dataclasses import dataclass
 
@@ -90,16 +89,13 @@ def main():
         if "depth_anything" in name:               # what sft.py --head_from may start from
             try:
                 encoder.start_head(path)
-                trunk = {k: v for k, v in encoder.head.state_dict().items() if k in encoder.trunk}
-                common.save_weights(f"{out}/depth_head.safetensors", trunk, config)
+                common.save_weights(f"{out}/depth_head.safetensors", encoder.trunk(), config)
             except InputError as error:
                 print(f"without a start for the head: {error}")
     else:
-        with common.atomic(f"{out}/backbone.safetensors") as tmp:
-            shutil.copy(f"{HERE}/data/backbone.safetensors", tmp)
+        sample.copy_weights(f"{HERE}/data", out, "backbone")
     if cfg.model == "nano":
-        with common.atomic(f"{out}/vae.safetensors") as tmp:
-            shutil.copy(f"{HERE}/data/vae.safetensors", tmp)
+        sample.copy_weights(f"{HERE}/data", out, "vae")
         print(f"wrote vae and backbone ({name}) to {out}/")
         return
     if not weights:                                # of the official files those that are read

@@ -57,6 +57,10 @@ encoder() {
     sft paper_more --init_from=$rows/paper/dit.safetensors --foretell=False $truth               # and their control
     dpo paper_full head3 --data=$rows/paper --pool=$rows/pairs_paper_full $full                   # dpo.py's defaults
     sft paper_full_more --init_from=$rows/paper/dit.safetensors --foretell=False $truth --steps=1307 --eval_every=1307
+    # and once more after that: preferences or truth where the truth has taught most of what it can
+    dpo paper_late head3 --data=$rows/paper_full_more --pool=$rows/pairs_paper_late $full
+    sft paper_late_more --init_from=$rows/paper_full_more/dit.safetensors --foretell=False $truth --steps=1307 \
+        --eval_every=1307
     ! wanted random || [ -e out/random/vae.safetensors ] || {              # a backbone that was never trained
         $python encoder.py --name=random --scenes=6400 --steps=1 --lr=0 --adam_lr=0
         $python -c 'import shutil; shutil.copy("data/vae.safetensors", "out/random")'

@@ -13,7 +13,6 @@ encoder and the tokenizer in --data, if they are diffusers'; Wan's own it could 
 """
 import json
 import os
-import re
 import sys
 from dataclasses import dataclass
 
@@ -36,15 +35,9 @@ class Config:
     out: str = ""                   # a folder for data, dit and vae, a .safetensors file for lora
 
 
-def renamed(key, table):
-    for pattern, replacement in table:
-        key = re.sub(pattern, replacement, key)
-    return key
-
-
 def save(theirs, ours, table, out):
     """Fill a diffusers model, built on the meta device, with our tensors; `table`: its names -> ours. Saves it."""
-    names = {k: renamed(k, table) for k in theirs.state_dict()}
+    names = {k: common.renamed(k, table) for k in theirs.state_dict()}
     lacking = [k for k in names.values() if k not in ours]
     if lacking:
         raise InputError(f"diffusers' {type(theirs).__name__} wants what this file lacks: {', '.join(lacking[:3])}")
@@ -106,7 +99,8 @@ def lora_to_diffusers(path, out):
         raise InputError(f"{path} is not a LoRA of ours: its metadata has no rank")
     names = (("self_attn", "attn1"), ("cross_attn", "attn2"), (r"\.([qkv])\.", r".to_\1."), (r"\.o\.", ".to_out.0."),
              (r"ffn\.0", "ffn.net.0.proj"), (r"ffn\.2", "ffn.net.2"), (r"lora_([AB])$", r"lora_\1.weight"))
-    common.save_weights(out, {f"transformer.{renamed(k, names)}": v * (c["alpha"] / c["rank"] if k.endswith("B") else 1)
+    scale = c["alpha"] / c["rank"]
+    common.save_weights(out, {f"transformer.{common.renamed(k, names)}": scale * v if k.endswith("B") else v
                               for k, v in tensors.items()}, c)
     return ["physical tokens, if it was trained with them"]
 
@@ -124,8 +118,7 @@ def pipeline_to_diffusers(data, out):
         prediction_type="flow_prediction", use_flow_sigmas=True,
         flow_shift=sample.PRESETS[preset]["shift"]).save_pretrained(f"{out}/scheduler")
     for part in ("text_encoder", "tokenizer"):
-        if os.path.exists(f"{data}/{part}") and not os.path.exists(f"{out}/{part}"):
-            os.symlink(os.path.realpath(f"{data}/{part}"), f"{out}/{part}")
+        sample.link(f"{data}/{part}", f"{out}/{part}")
     index = dict(
         _class_name="WanImageToVideoPipeline", _diffusers_version=diffusers.__version__, expand_timesteps=True,
         transformer=["diffusers", "WanTransformer3DModel"], vae=["diffusers", "AutoencoderKLWan"],
