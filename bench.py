@@ -586,9 +586,11 @@ def dit(cfg, device):
         out = f(q, k, value)
         out.sum().backward()
         return out.detach().float()
-    versus("attention, 128 tokens, forward + backward, ours with bf16 values, peer SDPA in fp32",
-           lambda: attend(common.attention, v16), lambda: attend(torch.nn.functional.scaled_dot_product_attention, v),
-           cfg, device, 0.05)
+    fused = torch.nn.functional.scaled_dot_product_attention
+    for kind, peer in (("fp32", lambda: attend(fused, v)),
+                       ("bf16", lambda: attend(lambda q, k, v: fused(q.to(v), k.to(v), v), v16))):
+        versus(f"attention, 128 tokens, forward + backward, ours with bf16 values, peer SDPA in {kind}",
+               lambda: attend(common.attention, v16), peer, cfg, device, 0.05)
     nano = M.VideoDiT(M.CONFIGS["nano"]).to(device)
     B, C = cfg.batch, nano.config["in_dim"]
     inputs = [torch.randn(B, C, 6, 8, 8, device=device), M.bytes_to_tokens(["a red rubber ball falls"] * B).to(device),

@@ -373,7 +373,8 @@ def pair_errors(net, given, clips, in_turn=False):
 
 
 def train(cfg, stage, round_number, models, pairs, held_out, folder, stop, device, rank, world):
-    """Train what STAGES[stage] says in one round; everything else is frozen. -> True if stopped."""
+    """Train what STAGES[stage] says in one round; everything else is frozen. -> True if it was stopped before
+    its end."""
     dit, encoder = models.dit, models.encoder
     head = encoder.head if encoder is not None else None
     for module in (dit, head):
@@ -498,7 +499,7 @@ def train(cfg, stage, round_number, models, pairs, held_out, folder, stop, devic
         for file, (tensors, config) in made.items():
             common.save_weights(f"{folder}/{file}.safetensors", tensors, config, torch.bfloat16)
         print(f"wrote the {STAGES[stage]} of val traj_l2 {best['val_traj_l2']:.4f} to {folder}")
-    return stop.agreed(device)
+    return False
 
 
 def captions(cfg):
@@ -569,8 +570,8 @@ def main():
             models = sample.load_models(cfg.data, 2, device=device)
             models.dit.checkpointing, models.text = cfg.checkpointing, text or None
         for stage in stages if cfg.steps else ():
-            stopped = stopped or train(cfg, stage, round_number, models, pairs, held_out, folder, stop, device, rank,
-                                       world)
+            stopped = stopped or stop.agreed(device) or train(
+                cfg, stage, round_number, models, pairs, held_out, folder, stop, device, rank, world)
         if stopped:
             break
     if rank == 0 and stopped:

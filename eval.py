@@ -40,7 +40,7 @@ def parse(video, image, mask, count):
 
     video (B, 3, T, H, W) in [-1, 1]; image (B, 3, H, W), the first frame; mask (B, H, W) uint8, its bodies 1..count.
     -> alpha (B, T, N, H, W) in [0, 1]: how much of each pixel is body k; zero where there is none."""
-    B, _, T, H, W = video.shape
+    B, _, T = video.shape[:3]
     rgb, first = (video.float().transpose(1, 2) + 1) / 2, (image.float() + 1) / 2                   # (B, T, 3, H, W)
     own = torch.stack([mask == k + 1 for k in range(count)], 1).float()                             # (B, N, H, W)
     chroma = lambda c: c - c.mean(-3, keepdim=True)
@@ -162,7 +162,7 @@ def laws(track, flight):
 
     g (K,) px/frame^2, a quadratic fit to the flight; contact (K,) frames, the first in which the fall has
     lost half its speed; bounce (K,), the largest upward speed just after it over the largest downward before it."""
-    K, T = track.shape
+    T = track.shape[1]
     t = torch.arange(T, dtype=torch.float64, device=track.device)
     w = (flight & track.isfinite()).double()
     y = torch.nan_to_num(track).double()
@@ -278,7 +278,7 @@ def measure(video, batch, fps=16, detail=True):
     """Every metric of every clip: video (B, 3, T, H, W) against a make_batch dict -> {metric: (B,), NaN = undefined}.
 
     detail=False: only traj_l2, for choosing among many samples."""
-    B, _, T, H, W = video.shape
+    B, _, _, H, W = video.shape
     N, mask, diagonal = batch["alive"].shape[1], batch["mask"], math.hypot(H, W)
     found, true, c, c_true, counts = tracks(video, batch)
     area, true_area = found.sum((-2, -1)), true.sum((-2, -1))                                       # (B, T, N)
@@ -575,6 +575,11 @@ ROWS = {"1 base": ("base", 1, None),
         "encoder: the paper's, Stage II, four times": ("paper_full", 2, "encoder: the paper's"),
         "encoder: the paper's, Stage III, four times": ("paper_full", 3, "encoder: the paper's, Stage II, four times"),
         "encoder: the paper's, goes on with truth, four times": ("paper_full_more", 1, "encoder: the paper's"),
+        "encoder: the paper's, after that Stage II": (
+            "paper_late", 2, "encoder: the paper's, goes on with truth, four times"),
+        "encoder: the paper's, after that Stage III": ("paper_late", 3, "encoder: the paper's, after that Stage II"),
+        "encoder: the paper's, after that truth again": (
+            "paper_late_more", 1, "encoder: the paper's, goes on with truth, four times"),
         "encoder: the paper's, backbone untrained": ("random", 1, "2 SFT DiT"),
         "encoder: the paper's, depth": ("depth", 1, "2 SFT DiT"),
         "encoder: depth, foretelling": ("depth_foretold", 1, "2 SFT DiT"),
@@ -590,7 +595,8 @@ ROWS = {"1 base": ("base", 1, None),
 CONTROLS = {"4 SFT DiT, DPO DiT": "SFT DiT goes on with truth",
             "5 Stage I, DPO DiT (Stage II)": "Stage I goes on with truth",
             "encoder: the paper's, Stage II": "encoder: the paper's, goes on with truth",
-            "encoder: the paper's, Stage II, four times": "encoder: the paper's, goes on with truth, four times"}
+            "encoder: the paper's, Stage II, four times": "encoder: the paper's, goes on with truth, four times",
+            "encoder: the paper's, after that Stage II": "encoder: the paper's, after that truth again"}
 ENDS = {1: "dit", 2: "lora2", 3: "head3", "head": "head3"}                           # a row's last file
 
 
@@ -701,31 +707,35 @@ def table_one(cfg, places, options, device, rank):
     if not scores:
         raise common.InputError(f"--runs={cfg.runs} holds no rows; train them first: sh data/rows.sh table 0")
 
-    def pooled(seeds, of, per=None):
-        """{seed: per-clip scores} -> {split: {metric: {...}}}; of, per: seed, where, metric -> (n,)."""
-        some, result = next(iter(seeds.values())), {}
+    def pooled(values, per=None):
+        """{where: {metric: (S, n)}} -> {split or where: {metric: {...}}}; per: of what traj_l2 is a share."""
+        pooled = {}
         for split in ("seen", "unseen", "average"):
-            wheres = [w for w in some if split == "average" or w.endswith(", " + split)]
+            wheres = [w for w in values if split == "average" or w.endswith(", " + split)]
             for name, group in [(split, wheres)] + [(w, [w]) for w in wheres if split != "average"]:
-                many = lambda f, k: torch.stack([torch.cat([f(s, w, k) for w in group]) for s in seeds])
-                result[name] = {k: over_seeds(many(of, k), k in MEDIANS) if per is None else
-                                over_seeds(many(of, k), per=many(per, k))
-                                for k in (some[group[0]] if per is None else ["traj_l2"])}
-        return result
+                whole = lambda of, k: torch.cat([of[w][k] for w in group], 1)        # (S, n)
+                pooled[name] = {k: over_seeds(whole(values, k), k in MEDIANS) for k in values[group[0]]} \
+                    if per is None else {"traj_l2": over_seeds(whole(values, "traj_l2"), per=whole(per, "traj_l2"))}
+        return pooled
 
+    def stack(row, seeds):
+        """-> {where: {metric: (S, n)}}"""
+        return {w: {k: torch.stack([scores[row][s][w][k] for s in seeds]) for k in metrics}
+                for w, metrics in scores[row][seeds[0]].items()}
+    minus = lambda a, b: {w: {k: a[w][k] - b[w][k] for k in a[w]} for w in a}
     order = lambda row: ([*ROWS].index(row.split(", oracle")[0]) if row.split(", oracle")[0] in ROWS else -1, row)
-    result = {row: pooled(scores[row], lambda s, w, k: scores[row][s][w][k]) for row in sorted(scores, key=order)}
-    less = lambda a, b: lambda s, w, k: scores[a][s][w][k] - scores[b][s][w][k]
-    shared_by = lambda row, other: {s: v for s, v in scores.get(row, {}).items() if s in scores.get(other, {})}
+    result = {row: pooled(stack(row, [*scores[row]])) for row in sorted(scores, key=order)}
+    shared_by = lambda row, other: [s for s in scores.get(row, ()) if s in scores.get(other, ())]
     for row, (_, _, parent) in ROWS.items():
         starts = {r: best for r in (parent, ROWS.get(parent, [None] * 3)[2])
                   if (best := f"{r}, oracle best of 4") in scores}                   # a Stage I, one or two rows up
         for other in dict.fromkeys((parent, CONTROLS.get(row), *starts)):
-            if both := shared_by(row, other):
-                result[f"{row} - {other}, paired"] = pooled(both, less(row, other))
+            if seeds := shared_by(row, other):
+                result[f"{row} - {other}, paired"] = pooled(minus(stack(row, seeds), stack(other, seeds)))
         for start, best in starts.items():         # what choosing could gain is a gap; how much of it has been closed
-            if both := shared_by(row, best):
-                result[f"{row}, of the gap"] = pooled(both, less(start, row), less(start, best))
+            if seeds := shared_by(row, best):
+                first = stack(start, seeds)
+                result[f"{row}, of the gap"] = pooled(minus(first, stack(row, seeds)), minus(first, stack(best, seeds)))
     return result
 
 

@@ -3350,6 +3350,8 @@ def test_rows_are_trained_as_the_table_reads_them(tmp_path):
     env["ONLY"] = "row3 paper"                     # no other row, and no backbone that none of them asks for
     assert [re.findall(r"--name=(\S+)", line) for line in run("encoder", "0").stdout.splitlines()] == [
         ["rows/0/row3"], ["rows/0/paper"]]
+    env["ONLY"] = "base row3 row6"                 # pairs have those with the truth from the start, for later rows
+    assert re.findall(r"--name=rows/0/(\w+)", run("table", "0").stdout) == ["base", "row3", "made3", "row6"]
     del env["ONLY"]
     first, later = (set(re.findall(r"--name=rows/\d/(\w+)", run("table", seed).stdout)) for seed in "01")
     assert first - later == {"row7", "row9", "plain", "truth"} and later < first     # of one seed
@@ -3385,6 +3387,16 @@ def test_everything_from_nothing_on_a_gpu(tmp_path):
     passes = pairs.pairs * pairs.candidates * pairs.sampler_steps + pairs.steps * pairs.batch * 2 * 4
     assert more.steps * more.batch * 3 == pytest.approx(passes, rel=0.01)
     assert sorted(os.listdir(tmp_path / "out/all")) == [f"{n}.safetensors" for n in ("dit", "head1", "head3", "lora2")]
+    # if one fails, what runs beside it does not go on alone
+    fake = tmp_path / "fake"
+    fake.write_text(f"#!/bin/sh\n[ $1 = encoder.py ] || {{ sleep 1; exit 3; }}\n"
+                    f"echo $$ > {tmp_path}/pid; exec sleep 60\n")
+    fake.chmod(0o755)
+    assert subprocess.run(["sh", script], env={**os.environ, "PYTHON": str(fake)}).returncode == 3
+    with pytest.raises(ProcessLookupError):
+        for _ in range(50):
+            os.kill(int((tmp_path / "pid").read_text()), 0)
+            time.sleep(0.1)
 
 
 def test_intervals_over_seeds_hold_the_truth():

@@ -7,6 +7,7 @@
 # DiT as the pairs and Stage II take (2,560 scenes x 4 candidates x 12 sampler steps, and 200 steps x 256 pairs x 2
 # clips x (2 forward, 2 backward) are 694 steps of 256 clips x (1 forward, 2 backward)). It lies in out/more_gpu.
 set -e
+trap 'kill $encoder $more 2>/dev/null || :' EXIT   # if one fails, what runs beside it ends, too
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python} data=${DATA:-data}
 mkdir -p "$data"

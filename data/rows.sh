@@ -28,9 +28,11 @@ dpo() {                                     # a run of preferences: its name, th
 
 table() {
     sft row3 --init_from=$rows/base/dit.safetensors                        # 3: SFT of DiT and encoder: Stage I
-    # One pool of pairs for all rows after Stage I; the controls that learn from the truth take those that have it
-    I="--data=$rows/row3 --pool=$rows/pairs3" T="--stages=2 --truth=True $one"
-    [ -e $rows/row8/head3.safetensors ] || dpo made3 none $I --truth=True --steps=0
+    # One pool of pairs for all rows after Stage I, which has those with the truth as well, for the controls that learn
+    # from them; so it is made first, if any of these rows is wanted
+    I="--data=$rows/row3 --pool=$rows/pairs3" T="--stages=2 --truth=True $one" pool=
+    for row in row8 row6 winners best row7 row9 plain truth; do ! wanted $row || pool=made3; done
+    [ -z "$pool" ] || [ -e $rows/row8/head3.safetensors ] || (ONLY=; dpo $pool none $I --truth=True --steps=0)
     dpo row8 head3 $I                                                      # 5 and 8: Stages II and III
     dpo row6 head3 $I --stages=head                                        # 6: Stage I, DPO of the encoder
     # Controls, after Stage I. 360 steps on truth take as many passes through the DiT as Stage II with its pairs does:
