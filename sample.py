@@ -386,7 +386,7 @@ def main():
     parts = [keys] if small(cfg.height, cfg.width) else [[key] for key in keys]      # large ones take gigabytes each
     with tqdm(total=cfg.steps * len(parts), desc="sampling", unit="step") as bar:
         for part in parts:
-            many = lambda x: None if x is None else x.expand(len(part), *x.shape[-(3 if x.dim() > 2 else 2):])
+            many = lambda x: None if x is None else x.expand(len(part), *x.shape)
             videos += generate(models, many(image), many(text) if features else [prompt] * len(part), part, cfg.frames,
                                cfg.steps, cfg.shift, cfg.cfg, cfg.solver, progress=lambda done, total: bar.update(1),
                                temperature=cfg.temperature, photo=many(photo), null=many(null), chunk=cfg.chunk)
