@@ -402,7 +402,7 @@ def val_captions(names, clips):
 @torch.no_grad()
 def outcome(models, scenes, device, **how):
     """Mean traj_l2 on val_scenes, over all ranks, with the same noise each time; and truth and sample in turn, as uint8
-    videos, of the scenes with films. how: options of sample.generate."""
+    videos, of this rank's scenes with films. how: options of sample.generate."""
     total, shown = torch.zeros(2, device=device), []
     for start, batch in scenes:
         batch = common.tree_map(batch, lambda v: v.to(device))
@@ -413,7 +413,7 @@ def outcome(models, scenes, device, **how):
         total += torch.stack([error.nansum(), error.isfinite().sum()])
         shown += [common.to_uint8(v) for pair in zip(common.from_bytes(batch["film"]), video) for v in pair]
     error, count = common.average(total, device).tolist()
-    return error / count, sum(common.gather(shown), [])
+    return error / count, shown
 
 
 def summary(per_clip):

@@ -404,8 +404,9 @@ def main():
             for part in shards:                    # without a backward pass they would stay whole, with these weights
                 part.reshard()
         raw.train()
+        shown = sum(common.gather([v[::2] for v in shown]), [])                      # the scenarios are on all ranks
         if rank == 0:
-            common.write_image(f"{folder}/{step:06d}.png", common.sheet(shown, every=2))
+            common.write_image(f"{folder}/{step:06d}.png", common.sheet(shown))
         return score
 
     # training

@@ -2356,6 +2356,9 @@ def test_videos_are_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(InputError, match="cannot write"):
         common.write_video(path, np.zeros((1, 16, 20480, 3), np.uint8), 16)          # wider than x264 can
     assert read_bytes(path) == before and os.listdir(tmp_path) == ["a.mp4"]
+    with pytest.raises(InputError, match="No space left.*room"), common.atomic(path):
+        raise OSError(28, "No space left on device")
+    assert read_bytes(path) == before
     os.remove(path)
     film = np.zeros((30, 16, 16, 3), np.uint8)
     for i in range(10):
@@ -2530,6 +2533,8 @@ def test_sft_resumes_to_the_bit_and_two_ranks_equal_one(tmp_path):
     losses = [[json.loads(line)["loss"] for line in open(tmp_path / f"out/{name}/metrics.jsonl") if '"loss"' in line]
               for name in ("whole", "ranks")]
     assert np.allclose(losses[0][:3], losses[1][:3], rtol=5e-3), losses              # later, rounding has grown
+    sheets = [Image.open(tmp_path / f"out/{name}/000012.png").size for name in ("whole", "ranks")]
+    assert sheets[0] == sheets[1] == (7 * 64, 4 * 64)                                # every scenario, truth and sample
     # told the truth about where bodies go, or not: the same until the head of the DiT, zero at first, has moved
     run("sft.py", *TINY_SFT, *whole, "--name=free", "--teacher_forcing=False", cwd=tmp_path)
     free = [json.loads(line)["loss"] for line in open(tmp_path / "out/free/metrics.jsonl") if '"loss"' in line]
@@ -2583,6 +2588,8 @@ def test_sft_resumes_to_the_bit_and_two_ranks_equal_one(tmp_path):
     run("dpo.py", *tiny, "--stages=2", cwd=tmp_path)
     judge.sample.load_models(str(tmp_path / "out/dpo"), 2)
     refused("dpo.py", *tiny, "--stages=head", cwd=tmp_path, says="expected --stages=2")
+    with pytest.raises(InputError, match="without physical tokens"):
+        judge.sample.load_models(str(tmp_path / "out/base"), head="nowhere.safetensors")
     # what was trained serves as a folder for all others, readout included
     made = run("sample.py", f"{HERE}/data/drop.png", "--data=out/ranks", "--steps=2", "--device=cpu", cwd=tmp_path)
     assert "stage 1" in made.stdout
@@ -2727,6 +2734,8 @@ def test_all_stages_of_a_dit_with_a_text_encoder(tmp_path, monkeypatch):
         self, image, *x))
     run("eval.py", "--data=out/two", "--clips=film", "--n=1", "--steps=1", "--references=False", *form, cwd=tmp_path)
     assert seen == [(1, 3, 112, 224)]
+    # a large DiT's LoRA stays beside its weights, which may be in bf16
+    assert M.lora_state(sample.load_models(str(tmp_path / "out/two"), 2).dit)
     # what the file lacks takes the encoder; so does a prompt
     for command in ([*commands[2], "--n=3"],
                     ["sample.py", f"{HERE}/data/drop.png", "--data=out/one", "--prompt=a ball", "--device=cpu"]):
@@ -3510,7 +3519,7 @@ def test_bad_input_is_refused(tmp_path):
     for flag, says in (("--steps=0", "range"), ("--steps=many", "integer"), ("--colour=red", "unknown"),
                        ("--frames=24", "25"), ("--out=nowhere/a.mp4", "does not exist"),
                        ("--out=a.avi", "mp4"), ("--cfg=-1", "range"), ("--temperature=3", "range"),
-                       ("--solver=rk9", "ab2"),
+                       ("--solver=rk9", "ab2"), ("--text_emb=a", "are for Wan's DiTs"),
                        ("--ckpt=cut.safetensors", "truncated"), (f"--ckpt={HERE}/data/vae.safetensors", "DiT"),
                        ("--data=folder", "does not exist"), ("--device=quantum", "cuda")):
         refused("sample.py", "ok.png", *([] if flag.startswith("--data") else [data]), flag, cwd=tmp_path, says=says)
@@ -3520,6 +3529,11 @@ def test_bad_input_is_refused(tmp_path):
                         (["--preset=wan5b", "--weights=folder", "--height=700"], "--height=704"),
                         (["--preset=wan1.3b", "--weights=folder", "--height=481"], "nearest are --height=480")):
         refused("sample.py", "ok.png", data, *flags, cwd=tmp_path, says=says)
+    for flags, says in ((["--out=a.gif", "--fps=60"], "expected 50 or fewer"),
+                        (["--out=a.webp", "--n=16", "--height=512", "--width=2048"], "16383 of a WebP"),
+                        (["--text_emb=a", "--prompt=b"], "or --prompt and --negative")):
+        refused("sample.py", "ok.png", data, *flags, cwd=tmp_path, says=says)
+    refused("data/examples.py", "--help", cwd=tmp_path, says="has no flags")
     alone = subprocess.run([sys.executable, f"{HERE}/sample.py", "none.png"], cwd=tmp_path, capture_output=True,
                            text=True)              # in a process of its own it is the same
     assert alone.returncode == 2 and alone.stderr.startswith("error: none.png does not exist;")
