@@ -866,6 +866,38 @@ class Muon(torch.optim.Optimizer):
                 p.mul_(1 - lr * decay).add_(y, alpha=-0.2 * lr * math.sqrt(columns))
 
 
+class EMA:
+    """An exponential moving average of a module's trainable parameters; its state is `shadow`, {name: fp32 tensor}."""
+    def __init__(self, module, decay=0.999):
+        self.decay = decay
+        self.shadow = {k: p.detach().float().clone() for k, p in module.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def update(self, module, step):
+        """After optimizer step number `step` (from 0). Early averages are short: they must forget the random start."""
+        decay, parameters = min(self.decay, (1 + step) / (10 + step)), dict(module.named_parameters())
+        torch._foreach_lerp_(list(self.shadow.values()), [parameters[k].float() for k in self.shadow], 1 - decay)
+
+    @torch.no_grad()
+    def copy_to(self, module):
+        parameters = dict(module.named_parameters())
+        for k, value in self.shadow.items():
+            parameters[k].copy_(value)
+
+    @contextlib.contextmanager
+    def applied(self, module):
+        """with ema.applied(model): the module has the averaged weights; afterwards its own are back, bit by bit."""
+        own = {k: p.detach().clone() for k, p in module.named_parameters() if k in self.shadow}
+        try:
+            self.copy_to(module)
+            yield
+        finally:
+            with torch.no_grad():
+                for k, p in module.named_parameters():
+                    if k in own:
+                        p.copy_(own[k])
+
+
 def unshard(tensor):
     """A tensor that is sharded over the ranks (FSDP2) -> all of it on rank 0's CPU, None on the others; every rank must
     call. Other tensors stay as they are."""

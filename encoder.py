@@ -782,12 +782,58 @@ def draw(path, val, inverse, normal, told):
     common.write_image(path, np.ascontiguousarray(rows.permute(0, 2, 3, 1).flatten(0, 1).numpy()))
 
 
+@torch.no_grad()
+def save_readout(path, train, val, device):
+    """Fit a Readout to the backbone in the file `path`; it goes beside it."""
+    seen, beside = load_phys_encoder(path, config={"out_dim": 1}), f"{os.path.dirname(path) or '.'}/readout.safetensors"
+    readout = fit_readout(backbone := seen.backbone.to(device), train, device)
+    common.save_weights(beside, readout, {"dim": seen.config["dim"], "backbone": common.fingerprint(backbone)})
+    encoder, error = load_phys_encoder(path, config={"out_dim": 1, "foretell": True}).to(device), []
+    for image, mask, body in zip(*(val[k].split(64) for k in ("image", "mask", "body"))):
+        center = encoder.features(common.from_bytes(image.to(device)))[2][2].cpu()      # (B, 4 L, FUTURE, 2)
+        owner = owners(mask, image.shape[-1] // backbone.patch).flatten(1)
+        center, _ = body_means(center, owner, body.shape[1])
+        move = (center - body[:, :, None, :2]).flatten(2)
+        error.append(path_l2(torch.cat([body[..., :STATE], move], -1), body))
+    print(f"wrote {beside}: foretold centres off by {torch.cat(error).nanmean():.4f} of the diagonal on val scenes")
+
+
+def losses(answers, b, patches, body_weight):
+    """Pretraining's answers in training and their scenes, facts of bodies standardised -> dict of scalars."""
+    inverse, normals, told = answers
+    n, on, owner = len(inverse), b["mask"] > 0, cells(b["mask"], patches)
+    inverse = F.interpolate(inverse[:, None], b["depth"].shape[-2:], mode="bilinear")[:, 0]
+    clip, y, x = (owner > 0).nonzero().unbind(1)                                       # the cells with a body in them
+    off = told[clip, y, x] - b["body"][clip, owner[clip, y, x] - 1]                    # (cells, known)
+    some = lambda x: x.sum() / max(x.numel(), 1)                                       # no body in view: 0, not NaN
+    return dict(path=some((off[:, STATE:].unflatten(1, (FUTURE, 2)).square().sum(2) + 1e-4).sqrt()),
+                normal=some(((normals - b["normal"] / 127).square().sum(1) + 1e-4).sqrt()[on]),
+                state=some(off[:, :STATE].abs()),
+                depth=ssi_loss(inverse, b["depth"][:n], 1 + body_weight * on[:n]).mean())
+
+
+def scores(model, val, known, blind, device):
+    """How a Pretraining does on val's scenes, its paths also on `known` ones of its training, beside bodies that stand
+    still and an image-blind inverse depth map -> what metrics.jsonl has of it, and its answers for val."""
+    inverse, normal, told = predict(model, val["image"], val["mask"], device)
+    by_heart = predict(model, known["image"], known["mask"], device)[2]
+    path, static, train = (
+        path_l2(x, body[:, :x.shape[1]]).nanmean().item()
+        for x, body in ((told, val["body"]), (torch.zeros_like(told), val["body"]), (by_heart, known["body"])))
+    cos = F.cosine_similarity(normal, val["normal"].float(), 1)[val["mask"] > 0]
+    rel, rel_blind = (abs_rel(x, val["depth"], val["mask"]).nanmean(0).tolist()
+                      for x in (inverse, blind.expand_as(val["depth"])))
+    return {"path_l2": path, "path_l2_train": train, "path_l2_static": static,
+            "normal_degrees": cos.clamp(-1, 1).acos().rad2deg().median().item(),
+            "abs_rel": rel[0], "abs_rel_bodies": rel[1],
+            "abs_rel_blind": rel_blind[0], "abs_rel_blind_bodies": rel_blind[1]}, (inverse, normal, told)
+
+
 def main():
     cfg = common.parse_config(Config, sys.argv[1:], PRESETS)
     common.check_range(cfg, scenes=(1, 10**7), val_scenes=(1, 10**5), size=(16, 1024), steps=(1, 10**7),
                        batch=(1, 10**5), lr=(0, 1), adam_lr=(0, 1), warmup=(0, 10**6), weight_decay=(0, 1), ema=(0, 1),
                        log_every=(1, 10**6), eval_every=(1, 10**6))
-    from model import EMA
     common.check_names("scenarios", cfg.scenarios, simdata.SCENARIOS)
     if cfg.model not in CONFIGS:
         raise InputError(f"--model={cfg.model} is unknown; there are: {', '.join(CONFIGS)}")
@@ -810,31 +856,16 @@ def main():
     else:
         common.start_run(cfg, rank, folder)
     clips = f"{folder}/readout_" if cfg.backbone else f"{folder}/"
-    state, log = f"{folder}/state.safetensors", f"{folder}/metrics.jsonl"
     what = dict(rank=rank, device=device, scenarios=cfg.scenarios, seed=cfg.seed, size=cfg.size, photo=photo)
     few = what | dict(device=torch.device("cpu"), scenes=cfg.val_scenes, split="val")
     val = common.in_background(lambda: cached(f"{clips}val.safetensors", **few)) if world == 1 else None
     train = cached(f"{clips}train.safetensors", scenes=cfg.scenes, split="train", **what)
     val = val.result() if val else cached(f"{clips}val.safetensors", **few)
-
-    @torch.no_grad()
-    def save_readout():
-        """Fit a Readout to the backbone as it is on disk; it goes beside it."""
-        backbone = load_phys_encoder(out, config={"out_dim": 1}).backbone.to(device)
-        readout, path = fit_readout(backbone, train, device), f"{os.path.dirname(out) or '.'}/readout.safetensors"
-        common.save_weights(path, readout, {"dim": config["dim"], "backbone": common.fingerprint(backbone)})
-        encoder, error = load_phys_encoder(out, config={"out_dim": 1, "foretell": True}).to(device), []
-        for image, mask, body in zip(*(val[k].split(64) for k in ("image", "mask", "body"))):
-            center = encoder.features(common.from_bytes(image.to(device)))[2][2].cpu()  # (B, 4 L, FUTURE, 2)
-            center, _ = body_means(center, owners(mask, patches).flatten(1), body.shape[1])
-            move = (center - body[:, :, None, :2]).flatten(2)
-            error.append(path_l2(torch.cat([body[..., :STATE], move], -1), body))
-        print(f"wrote {path}: foretold centres off by {torch.cat(error).nanmean():.4f} of the diagonal on val scenes")
-
     if cfg.backbone:
         if rank == 0:
-            save_readout()
+            save_readout(out, train, val, device)
         return
+
     torch.manual_seed(cfg.seed)
     model = Pretraining(config, cfg.size // patches, 1 if cfg.depth_only else 8).to(device)
     trained = {k: p for k, p in model.named_parameters() if p.requires_grad}
@@ -843,8 +874,8 @@ def main():
     optimizers = [common.Muon([p for k, p in trained.items() if k in inner], cfg.lr, cfg.weight_decay),
                   torch.optim.AdamW([p for k, p in trained.items() if k not in inner], lr=cfg.adam_lr,
                                     betas=(0.9, 0.98), weight_decay=0.0)]
-    ema = EMA(model, cfg.ema)
-    parts = {"model": trained, "ema": ema.shadow}
+    ema = common.EMA(model, cfg.ema)
+    parts, state, log = {"model": trained, "ema": ema.shadow}, f"{folder}/state.safetensors", f"{folder}/metrics.jsonl"
     start = common.load_state(state, parts, *optimizers) if cfg.resume else 0
     if rank == 0:
         common.trim_log(log, start)
@@ -855,35 +886,23 @@ def main():
     mean, std = alive[:, :STATE].mean(0), alive[:, :STATE].std(0).clamp(min=1e-3)
     standard = lambda body: torch.cat([(body[..., :STATE] - mean.to(body)) / std.to(body), body[..., STATE:]], -1)
     # What an image-blind guess scores under the same alignment: the mean inverse depth map of the training scenes.
-    blind = torch.where(train["depth"] > 0, 1 / train["depth"], 0).mean(0).expand_as(val["depth"])
-    baseline = abs_rel(blind, val["depth"], val["mask"]).nanmean(0)
-
+    blind = torch.where(train["depth"] > 0, 1 / train["depth"], 0).mean(0)
     some = common.evenly(len(train["image"]), cfg.val_scenes)
     known = {k: v[some] for k, v in train.items()}                                     # how much is learned by heart
 
     def evaluate(step):
         model.eval()
         with ema.applied(model):
-            inverse, normal, told = predict(model, val["image"], val["mask"], device)  # the raw module, on every rank
-            by_heart = predict(model, known["image"], known["mask"], device)[2]
+            score, answers = scores(model, val, known, blind, device)                  # the raw module, on every rank
         model.train()
         if rank:
             return
-        score = abs_rel(inverse, val["depth"], val["mask"]).nanmean(0)
-        path, static, train_path = (
-            path_l2(x, body[:, :x.shape[1]]).nanmean().item()
-            for x, body in ((told, val["body"]), (torch.zeros_like(told), val["body"]), (by_heart, known["body"])))
-        cos = F.cosine_similarity(normal, val["normal"].float(), 1)[val["mask"] > 0]
-        angle = cos.clamp(-1, 1).acos().rad2deg().median().item()
-        common.log_line(log, {"step": step, "path_l2": path, "path_l2_train": train_path, "path_l2_static": static,
-                              "normal_degrees": angle,
-                              "abs_rel": score[0].item(), "abs_rel_bodies": score[1].item(),
-                              "abs_rel_blind": baseline[0].item(), "abs_rel_blind_bodies": baseline[1].item()})
-        print(f"step {step}: paths off by {path:.4f} of the diagonal (static {static:.4f}), normals by {angle:.0f} "
-              f"degrees, AbsRel {score[0]:.4f} (blind {baseline[0]:.4f}), "
-              f"on bodies {score[1]:.4f} (blind {baseline[1]:.4f})")
-        pick = torch.linspace(0, len(told) - 1, 8).long()
-        draw(f"{folder}/val.png", {k: v[pick] for k, v in val.items()}, inverse[pick], normal[pick], told[pick])
+        common.log_line(log, {"step": step} | score)
+        print("step {step}: paths off by {path_l2:.4f} of the diagonal (static {path_l2_static:.4f}), normals by "
+              "{normal_degrees:.0f} degrees, AbsRel {abs_rel:.4f} (blind {abs_rel_blind:.4f}), on bodies "
+              "{abs_rel_bodies:.4f} (blind {abs_rel_blind_bodies:.4f})".format(step=step, **score))
+        pick = torch.linspace(0, len(val["image"]) - 1, 8).long()
+        draw(f"{folder}/val.png", {k: v[pick] for k, v in val.items()}, *(x[pick] for x in answers))
 
     train = common.to_device_if_it_fits(train, device)
     progress = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, desc="pretraining", disable=rank > 0)
@@ -895,28 +914,17 @@ def main():
         gain, bias = (0.2 * torch.rand(2, cfg.batch, 3, 1, 1, generator=g) - 0.1)[:, rank::world]
         b = mirror({k: v[index.to(v.device)].to(device) for k, v in train.items()}, flip.to(device))
         image = (common.from_bytes(b["image"]) * (1 + gain.to(device)) + bias.to(device)).clamp(-1, 1)
-        depth, mask, normal, body = *(b[k] for k in ("depth", "mask", "normal")), standard(b["body"])
 
         scale = min((step + 1) / (cfg.warmup + 1), 0.01 + 0.495 * (1 + math.cos(math.pi * step / cfg.steps)))
         for optimizer, peak in zip(optimizers, (cfg.lr, cfg.adam_lr)):
             for group in optimizer.param_groups:
                 group["lr"] = peak * scale
         with common.autocast(device):
-            inverse, normals, told = net(image)
-        n = len(inverse)
-        inverse = F.interpolate(inverse[:, None], depth.shape[-2:], mode="bilinear")[:, 0]
-        loss_depth = ssi_loss(inverse, depth[:n], 1 + cfg.body_weight * (mask[:n] > 0)).mean()
-        on = mask > 0
-        some = lambda x: x.sum() / max(x.numel(), 1)                                   # no body in view: 0, not NaN
-        loss_normal = some(((normals - normal / 127).square().sum(1) + 1e-4).sqrt()[on])
-        owner = cells(mask, patches)
-        clip, y, x = (owner > 0).nonzero().unbind(1)                                   # the cells with a body in them
-        told, body = told[clip, y, x], body[clip, owner[clip, y, x] - 1]               # (cells, known)
-        loss_state = some((told - body)[:, :STATE].abs())
-        loss_path = some(((told - body)[:, STATE:].unflatten(1, (FUTURE, 2)).square().sum(2) + 1e-4).sqrt())
-        rest = loss_path + 0.5 * loss_normal + 0.5 * loss_state
+            answers = net(image)
+        l = losses(answers, b | {"body": standard(b["body"])}, patches, cfg.body_weight)
+        rest = l["path"] + 0.5 * l["normal"] + 0.5 * l["state"]
         # 0 * rest: DDP wants a gradient for every parameter
-        loss = loss_depth + 0 * rest if cfg.depth_only else rest + 0.2 * loss_depth
+        loss = l["depth"] + 0 * rest if cfg.depth_only else rest + 0.2 * l["depth"]
         model.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(trained.values(), 1.0)
@@ -925,10 +933,9 @@ def main():
         ema.update(model, step)
 
         if step % cfg.log_every == 0:
-            terms = torch.stack([loss, loss_path, loss_normal, loss_state, loss_depth]).detach()
-            terms = common.average(terms, device).tolist()
+            named = {"loss": loss} | l
+            named = dict(zip(named, common.average(torch.stack(list(named.values())).detach(), device).tolist()))
             if rank == 0:
-                named = dict(zip(("loss", "path", "normal", "state", "depth"), terms))
                 common.log_line(log, {"step": step, **named, "lr": cfg.lr * scale, "grad_norm": norm.item()})
                 progress.set_postfix({k: f"{v:.3f}" for k, v in named.items()})
         done, ending = step + 1, stop.agreed(device)
@@ -945,7 +952,7 @@ def main():
             ema.copy_to(model)
             common.save_weights(out, model.depth.pretrained, config, torch.bfloat16)
             common.save_weights(f"{folder}/depth_head.safetensors", model.depth.depth_head, config)
-            save_readout()
+            save_readout(out, train, val, device)
 
 
 if __name__ == "__main__":

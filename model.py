@@ -14,7 +14,6 @@ the last are modulated by the time: x + gate * f(norm(x) * (1 + scale) + shift).
     loss = flow_loss(model, x0, bytes_to_tokens(captions), image, phys, t, eps).mean()
     x0 = sample(model, image, bytes_to_tokens(captions), phys, noise, steps=20)
 """
-import contextlib
 import functools
 import math
 
@@ -531,37 +530,3 @@ def merge_lora(model):
             del linear.lora_A, linear.lora_B, linear.lora_scale
             linear.__class__ = nn.Linear
     return model
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-
-class EMA:
-    """An exponential moving average of a module's trainable parameters; its state is `shadow`, {name: fp32 tensor}."""
-    def __init__(self, module, decay=0.999):
-        self.decay = decay
-        self.shadow = {k: p.detach().float().clone() for k, p in module.named_parameters() if p.requires_grad}
-
-    @torch.no_grad()
-    def update(self, module, step):
-        """After optimizer step number `step` (from 0). Early averages are short: they must forget the random start."""
-        decay, parameters = min(self.decay, (1 + step) / (10 + step)), dict(module.named_parameters())
-        torch._foreach_lerp_(list(self.shadow.values()), [parameters[k].float() for k in self.shadow], 1 - decay)
-
-    @torch.no_grad()
-    def copy_to(self, module):
-        parameters = dict(module.named_parameters())
-        for k, value in self.shadow.items():
-            parameters[k].copy_(value)
-
-    @contextlib.contextmanager
-    def applied(self, module):
-        """with ema.applied(model): the module has the averaged weights; afterwards its own are back, bit by bit."""
-        own = {k: p.detach().clone() for k, p in module.named_parameters() if k in self.shadow}
-        try:
-            self.copy_to(module)
-            yield
-        finally:
-            with torch.no_grad():
-                for k, p in module.named_parameters():
-                    if k in own:
-                        p.copy_(own[k])

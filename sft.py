@@ -377,7 +377,7 @@ def main():
     if cfg.graphs:
         raw.run = common.Graphed(dit)
     model = DistributedDataParallel(raw) if world > 1 and not cfg.fsdp else raw
-    ema = M.EMA(raw, cfg.ema)
+    ema = common.EMA(raw, cfg.ema)
     trained = {k: p for k, p in raw.named_parameters() if p.requires_grad}
     # Muon for the matrices inside the blocks, AdamW for what enters, leaves, shifts and scales, for a LoRA, and for all
     # that is sharded: Muon needs whole matrices

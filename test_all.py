@@ -1835,7 +1835,7 @@ def test_a_lora_of_another_dit_is_refused(tmp_path):
 
 def test_ema():
     dit = tiny_dit()
-    ema, old = M.EMA(dit, 0.9), {k: p.detach().clone() for k, p in dit.named_parameters()}
+    ema, old = common.EMA(dit, 0.9), {k: p.detach().clone() for k, p in dit.named_parameters()}
     randomise(dit)
     new = {k: p.detach().clone() for k, p in dit.named_parameters()}
     ema.update(dit, 1000)
