@@ -341,7 +341,7 @@ def push_apart(told, patch_grid, least=0.7):
         for _ in range(3):                         # one round for two bodies, more for heaps
             away = path[:, None] - path                                                # (n, n, FUTURE, 2)
             near = away.norm(dim=-1).clamp_min(1e-4)                                   # (n, n, FUTURE)
-            lack = (reach - near).clamp_min(0)
+            lack = F.threshold(reach - near, 1e-3, 0)  # just at reach they stay, however that is rounded
             push = ((share * lack / near)[..., None] * away).sum(1)
             path = path + 0.5 * push / (share * (lack > 0)).sum(1).clamp_min(1e-3)[..., None]
         cell[b, some] += path - center[b, some]
