@@ -1139,6 +1139,24 @@ def test_two_bodies_are_not_foretold_in_one_place():
     assert torch.allclose(gone[0], -gone[1], atol=1e-6) and gone[0].abs().max() > 0.01
 
 
+def test_who_is_just_at_reach_gives_way_or_not_whatever_the_rounding():
+    """Two bodies rest side by side, but for a hair, and a third comes upon the first."""
+    where = E.middles((8, 8), "cpu")
+
+    def pushed(hair):
+        occupied, center = torch.zeros(1, 256), torch.zeros(1, 256, E.FUTURE, 2)
+        for cells, start, end in (((-0.5, -0.5), (-0.5, -0.5), (-0.5, -0.5)),
+                                  ((0.5, 0.5), (-0.35, -0.5), (-0.35 - hair, -0.5)),
+                                  ((0.5, -0.5), (0.5, -0.5), (-0.5, -0.4))):
+            mine = ((where - torch.tensor(cells)).abs() < 0.13).all(-1)
+            occupied[0, mine], center[0, mine] = 1, torch.tensor(end)
+            center[0, mine, 0] = torch.tensor(start)
+        cell = where[None, :, None] + center - center[:, :, :1]
+        return center, E.push_apart((occupied, cell, center), (8, 8))[2]
+    (center, more), (_, less) = pushed(1e-6), pushed(-1e-6)
+    assert (more - less).abs().max() < 1e-5 and (more - center).abs().max() > 0.01
+
+
 def test_the_readout_is_put_right(photos):
     """corrected moves all cells of a body alike, so that on average they say the truth, in the mirror as well; tokens
     of frame 0 stay. Clips that do not know where their bodies go leave the readout as it is."""
