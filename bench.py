@@ -9,7 +9,7 @@ the same thing.
     python bench.py --only=pybullet       # the simulator's outcomes beside PyBullet's, no times; five minutes
     python bench.py --only=compiled       # whether torch.compile pays in the world
     python bench.py --only=profile        # where the world's time goes
-    python bench.py --only=wan --profile  # the published sizes with random weights, on a GPU
+    python bench.py --only=wan --profile  # the published sizes with random weights, on a GPU (or wan1.3b, wan5b)
     python bench.py --only=solvers        # the world's contact solver beside small-step XPBD; eight minutes
 
 The peers are diffusers' classes with the same random weights; without diffusers only our times are shown, and without
@@ -742,6 +742,8 @@ def wan(cfg, device):
     # name, frames, height, width, sampler steps, its VAE's stride
     for name, frames, height, width, steps, stride in (("wan1.3b", 81, 480, 832, 50, 8),
                                                        ("wan5b", 121, 704, 1280, 50, 16)):
+        if cfg.only in M.CONFIGS and cfg.only != name:
+            continue
         config = M.CONFIGS[name]
         dit, C, h, w = build(config), config["in_dim"], height // stride, width // stride
         gigabytes()
@@ -801,14 +803,15 @@ def main():
     common.check_range(cfg, repeat=(1, 1000), batch=(1, 4096))
     parts = {"world": world, "peers": peers, "pybullet": pybullet, "compiled": compiled,
              "profile": profile, "solvers": solvers, "vae": vae, "dit": dit, "dit_compiled": compiled_dit,
-             "sample": sampling, "memory": memory, "wan": wan}
+             "sample": sampling, "memory": memory, "wan": wan, "wan1.3b": wan, "wan5b": wan}
     if cfg.only not in ("all", *parts):
         raise common.InputError(f"--only={cfg.only}: expected all, {', '.join(parts)}")
     device, _, _ = common.setup(cfg.device)
     common.make_dir("out")
     torch.backends.cudnn.allow_tf32 = False        # fp32 means fp32 where results are compared
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads")
-    aside = {"pybullet", "compiled", "solvers", "dit_compiled"}                      # other packages, or many minutes
+    # what needs other packages or many minutes, or is a part of a part
+    aside = {"pybullet", "compiled", "solvers", "dit_compiled", "wan1.3b", "wan5b"}
     for name, part in parts.items():
         if cfg.only == name or cfg.only == "all" and name not in aside:
             part(cfg, device)

@@ -561,12 +561,13 @@ class Config:
     log_every: int = 25             # steps
     eval_every: int = 1000          # steps between validations and checkpoints
     seed: int = 0                   # data order, augmentation and initial weights
+    graphs: bool = False            # CUDA graphs: on one GPU a small network's steps else wait for Python
     resume: bool = False            # go on from out/<name>/state.safetensors
     device: str = "auto"            # auto, cuda, mps or cpu
 
 
-PRESETS = {"nano": {}, "gpu": dict(name="encoder_gpu", scenes=60000, steps=1200, batch=1024, lr=8e-3, adam_lr=2e-3,
-                                   warmup=100, eval_every=600)}
+PRESETS = {"nano": {}, "gpu": dict(name="encoder_gpu", scenes=72000, steps=2000, batch=1024, lr=8e-3, adam_lr=2e-3,
+                                   warmup=100, eval_every=1000, graphs=True)}
 STATE = 17                                         # numbers before them, see body_facts
 MIRROR = torch.ones(STATE + 2 * FUTURE)            # what changes sign in a mirror: u, the moments xy and xz, du
 MIRROR[[0, 5, 6]], MIRROR[STATE::2] = -1, -1
@@ -845,6 +846,8 @@ def main():
     device, rank, world = common.setup(cfg.device)
     if cfg.batch % world:
         raise InputError(f"--batch={cfg.batch} is no multiple of the {world} ranks")
+    if cfg.graphs and (world > 1 or device.type != "cuda"):
+        raise InputError(f"--graphs=True with {world} ranks on {device.type}: expected 1 on a GPU")
     folder = f"out/{cfg.name}"
     if cfg.backbone and cfg.out:
         raise InputError("--backbone=FILE gets its readout beside it; expected no --out")
@@ -879,7 +882,8 @@ def main():
     start = common.load_state(state, parts, *optimizers) if cfg.resume else 0
     if rank == 0:
         common.trim_log(log, start)
-    net, stop = DistributedDataParallel(model) if world > 1 else model, common.Stop()
+    net = DistributedDataParallel(model) if world > 1 else common.Graphed(model) if cfg.graphs else model
+    stop = common.Stop()
 
     # all that is asked about bodies counts alike: brought to mean 0 and standard deviation 1 over the training scenes
     alive = train["body"][train["body"][..., 2] > 0]                                   # a body has a z-depth

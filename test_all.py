@@ -550,6 +550,23 @@ def test_shadows_lie_where_a_body_hides_the_sun():
             or light[b][dark].mean() < light[b][floor[b] & (lit[b] == 1)].mean() - 0.2
 
 
+def test_a_ramp_shades_nothing_from_below_the_floor():
+    """It reaches below, where lines to the sun from its sunny side meet it: beside points on those lines, in the box."""
+    scene, _ = simdata.make_scene("roll", 8, 5)
+    path, R = {k: scene[k][:, None] for k in ("position", "rotation")}, simdata.quat_to_matrix(scene["rotation"])
+    scene["alive"][:, 1:] = False                  # the ramp alone
+    s = (torch.arange(64) + 0.5).expand(8, -1)
+    d, eye = simdata._rays(scene["camera"], s, s), scene["eye"][:, None]
+    floor, line = eye - d * eye[..., 2:] / d[..., 2:], torch.linspace(-3, 3, 601)[:, None]
+    meets = torch.stack([(((floor[b, :, None] + line * scene["light"][b] - scene["position"][b, 0]) @ R[b, 0]).abs()
+                          < scene["half_extents"][b, 0]).all(-1) for b in range(8)])                # (8, P, 601)
+    ahead, either = (~(where.any(-1) & (d[..., 2] < 0)) for where in (meets[..., 300:], meets))
+    lit, wrong = (F.avg_pool2d(F.pad(v.float().view(8, 1, 64, 64), (1, 1, 1, 1), mode="replicate"), 3, 1)[:, 0]
+                  for v in (ahead, either))
+    ours = simdata._sunlight(scene, path, 64, 64).view(8, 64, 64)
+    assert ((ours - lit).abs() < 0.05).float().mean() > 0.998 and ((wrong - lit).abs() > 0.05).sum() > 300
+
+
 def test_patterns_show_how_bodies_turn_and_keep_their_hue():
     scene, draw = simdata.make_scene("roll", 64, 0)
     assert set(scene["pattern"].flatten().tolist()) == {0, 1, 2, 3}
@@ -2569,6 +2586,7 @@ def test_sft_resumes_to_the_bit_and_two_ranks_equal_one(tmp_path):
     # a base that knows no physics, and Stage I from there: the plain DiT learns to listen
     refused("sft.py", *TINY_SFT, "--physics=False", cwd=tmp_path, says="another physics")
     refused("sft.py", *TINY_SFT, "--graphs", "--accumulate=2", cwd=tmp_path, says="expected 1 and 1 on a GPU")
+    refused("encoder.py", "--graphs=True", "--device=cpu", cwd=tmp_path, says="expected 1 on a GPU")
     # no steps: the pool alone, also where there is no backbone yet, and the same as with one
     run("sft.py", *TINY_SFT, "--steps=0", "--phys=False", "--name=none", "--pool=out/alone", cwd=tmp_path)
     shards = sorted(os.listdir(tmp_path / "out/alone"))
