@@ -1134,7 +1134,8 @@ def _sunlight(scene, path, H, W):
         o, turn = floor[clip[row], p] - x[row], R[row].mT
         light = rotate(turn, scene["light"][clip[row]])
         near, far = _span(rotate(turn, o)[:, None], light[:, None], shape[row], h[row])
-        lit[frame[row], ground[p]] *= ((near >= far) | (far <= 0))[:, 0].float()     # missed, or what is below the floor
+        miss = (near >= far) | (far <= 0)          # the latter meets what is below the floor
+        lit[frame[row], ground[p]] *= miss[:, 0].float()
     lit = F.pad(lit.view(B * T, 1, H, W), (1, 1, 1, 1), mode="replicate")
     return F.avg_pool2d(lit, 3, 1).view(B, T, H * W)
 

@@ -551,7 +551,7 @@ def test_shadows_lie_where_a_body_hides_the_sun():
 
 
 def test_a_ramp_shades_nothing_from_below_the_floor():
-    """It reaches below, where lines to the sun from its sunny side meet it: beside points on those lines, in the box."""
+    """It reaches below, where lines to the sun from its sunny side meet it. Beside points of those lines in the box."""
     scene, _ = simdata.make_scene("roll", 8, 5)
     path, R = {k: scene[k][:, None] for k in ("position", "rotation")}, simdata.quat_to_matrix(scene["rotation"])
     scene["alive"][:, 1:] = False                  # the ramp alone
