@@ -330,22 +330,27 @@ def push_apart(told, patch_grid, least=0.7):
     than `least` of the bodies' apparent radii together (or than they are in frame 0), both bodies give way alike."""
     occupied, cell, center = told
     start = middles(patch_grid, cell.device) + center[:, :, 0] - cell[:, :, 0]         # the body's centre in frame 0
-    cell, center = cell.clone(), center.clone()
-    for b, some in enumerate(occupied > 0.1):      # clip by clip: few cells show a body
-        mass = occupied[b, some] * (occupied[b, some] > 0.5)                           # (n,)
-        far = (start[b, some, None] - start[b, some]).norm(dim=-1)                     # (n, n)
+    cell, center, counts = cell.clone(), center.clone(), (occupied > 0.1).sum(1)
+    # Few cells show a body: the fullest n, of clips with about as many. One by one they stay in a CPU's cache, a GPU
+    # would wait for Python.
+    for part in counts.argsort().split(1 if cell.device.type == "cpu" else 64):
+        said, some = occupied[part].topk(int(counts[part[-1]]), 1)                     # (b, n)
+        part, mass = part[:, None], said * (said > 0.5)
+        spot, path = start[part, some], center[part, some]                             # (b, n, 2), (b, n, FUTURE, 2)
+        far = (spot[:, :, None] - spot[:, None]).norm(dim=-1)                          # (b, n, n)
         other = far > 0.12                         # what cells of one body say of its centre differs by less
-        radius = ((~other * mass).sum(1) / (math.pi * patch_grid[0] * patch_grid[1])).sqrt()
-        reach = torch.minimum(least * (radius[:, None] + radius), far)[..., None]      # (n, n, 1)
-        share, path = (other * mass)[..., None], center[b, some]
+        radius = ((~other * mass[:, None]).sum(2) / (math.pi * patch_grid[0] * patch_grid[1])).sqrt()
+        reach = torch.minimum(least * (radius[:, :, None] + radius[:, None]), far)[..., None]       # (b, n, n, 1)
+        share = (other * mass[:, None])[..., None]
         for _ in range(3):                         # one round for two bodies, more for heaps
-            away = path[:, None] - path                                                # (n, n, FUTURE, 2)
-            near = away.norm(dim=-1).clamp_min(1e-4)                                   # (n, n, FUTURE)
+            away = path[:, :, None] - path[:, None]                                    # (b, n, n, FUTURE, 2)
+            near = away.norm(dim=-1).clamp_min(1e-4)                                   # (b, n, n, FUTURE)
             lack = F.threshold(reach - near, 1e-3, 0)  # just at reach they stay, however that is rounded
-            push = ((share * lack / near)[..., None] * away).sum(1)
-            path = path + 0.5 * push / (share * (lack > 0)).sum(1).clamp_min(1e-3)[..., None]
-        cell[b, some] += path - center[b, some]
-        center[b, some] = path
+            push = ((share * lack / near)[..., None] * away).sum(2)
+            path = path + 0.5 * push / (share * (lack > 0)).sum(2).clamp_min(1e-3)[..., None]
+        move = (path - center[part, some]) * (said > 0.1)[..., None, None]
+        cell[part, some] += move
+        center[part, some] += move
     return occupied, cell, center
 
 
@@ -561,13 +566,12 @@ class Config:
     log_every: int = 25             # steps
     eval_every: int = 1000          # steps between validations and checkpoints
     seed: int = 0                   # data order, augmentation and initial weights
-    graphs: bool = False            # CUDA graphs: on one GPU a small network's steps else wait for Python
     resume: bool = False            # go on from out/<name>/state.safetensors
     device: str = "auto"            # auto, cuda, mps or cpu
 
 
 PRESETS = {"nano": {}, "gpu": dict(name="encoder_gpu", scenes=72000, steps=2000, batch=1024, lr=8e-3, adam_lr=2e-3,
-                                   warmup=100, eval_every=1000, graphs=True)}
+                                   warmup=100, eval_every=1000)}
 STATE = 17                                         # numbers before them, see body_facts
 MIRROR = torch.ones(STATE + 2 * FUTURE)            # what changes sign in a mirror: u, the moments xy and xz, du
 MIRROR[[0, 5, 6]], MIRROR[STATE::2] = -1, -1
@@ -846,8 +850,6 @@ def main():
     device, rank, world = common.setup(cfg.device)
     if cfg.batch % world:
         raise InputError(f"--batch={cfg.batch} is no multiple of the {world} ranks")
-    if cfg.graphs and (world > 1 or device.type != "cuda"):
-        raise InputError(f"--graphs=True with {world} ranks on {device.type}: expected 1 on a GPU")
     folder = f"out/{cfg.name}"
     if cfg.backbone and cfg.out:
         raise InputError("--backbone=FILE gets its readout beside it; expected no --out")
@@ -882,8 +884,7 @@ def main():
     start = common.load_state(state, parts, *optimizers) if cfg.resume else 0
     if rank == 0:
         common.trim_log(log, start)
-    net = DistributedDataParallel(model) if world > 1 else common.Graphed(model) if cfg.graphs else model
-    stop = common.Stop()
+    net, stop = DistributedDataParallel(model) if world > 1 else model, common.Stop()
 
     # all that is asked about bodies counts alike: brought to mean 0 and standard deviation 1 over the training scenes
     alive = train["body"][train["body"][..., 2] > 0]                                   # a body has a z-depth
