@@ -1174,6 +1174,19 @@ def test_who_is_just_at_reach_gives_way_or_not_whatever_the_rounding():
     assert (more - less).abs().max() < 1e-5 and (more - center).abs().max() > 0.01
 
 
+def test_clips_give_way_together_as_one_by_one(photos, monkeypatch):
+    """A GPU takes 64 at a time, and fills up those with few cells of a body; one shows none at all."""
+    encoder = E.load_phys_encoder(f"{HERE}/data/backbone.safetensors", config={"out_dim": 8, "foretell": True})
+    told = [x.clone() for x in encoder.readout(encoder.backbone(of_first(photos, 32)["photo"])[0][-1], (8, 8))]
+    told[0][5] = 0
+    alone, split = E.push_apart(told, (8, 8)), torch.Tensor.split
+    monkeypatch.setattr(torch.Tensor, "split", lambda x, n, dim=0: split(x, 64 if n == 1 else n, dim))
+    together = E.push_apart(told, (8, 8))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(alone, together))
+    moved = (alone[2] - told[2]).abs().amax((1, 2, 3))
+    assert moved[5] == 0 and (moved > 0.01).sum() > 3
+
+
 def test_the_readout_is_put_right(photos):
     """corrected moves all cells of a body alike, so that on average they say the truth, in the mirror as well; tokens
     of frame 0 stay. Clips that do not know where their bodies go leave the readout as it is."""
