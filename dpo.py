@@ -24,8 +24,9 @@ in out/scenes/.
 Flow-DPO (PhysMaster Eq. 3), v = eps - x0, the same t and eps for winner and loser, constant beta:
     L = -log sigmoid(-beta / 2 * [(e_w - e_w_ref) - (e_l - e_l_ref)]),    e = mean (v - v_theta)^2
 A falling loss alone proves nothing: both errors may grow. So metrics2.jsonl and metrics3.jsonl have winner and loser
-error against the reference, the margin and the implicit accuracy apart, and the outcome, traj_l2 on held-out scenes,
-along the way; by that outcome the best of all checkpoints is kept, which may be the one that a stage began with.
+error against the reference, the margin and the implicit accuracy apart, and the outcome, traj_l2 and IoU on held-out
+scenes, along the way. What is kept is the checkpoint of lowest traj_l2, which may be the one that a stage began with;
+where it paints bodies worse (IoU), only a part of the way to it.
 """
 import contextlib
 import json
@@ -104,6 +105,7 @@ PRESETS |= {name: dict(data=f"out/{name}", name=f"dpo_{name}", pool=f"out/pairs_
                        checkpointing=True, in_turn=True, best_only=True, eval_clips=64)
             for name, fps, shift in (("wan5b", 24, 5.0), ("wan1.3b", 16, 8.0))}
 SHARD = 64                                         # scenes per shard of pairs, on a GPU more
+SLACK = 0.002                                      # IoU that may be lost on val: 160 clips do not tell less apart
 SEED = 1                                           # of these scenes, which neither the backbone nor Stage I has seen
 # What a stage trains. Of the rows in PhysMaster's Table 1, 4 and 5 are --stages=2, 6 is head, 7 both, 8 is 2,3 and 9 is
 # 2,both. A lone 3 begins with data's lora2.
@@ -399,7 +401,8 @@ def train(cfg, stage, round_number, models, pairs, held_out, folder, stop, devic
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.98), weight_decay=0.0)
     name = f"{stage}_{round_number}" if round_number > 1 else stage
     log, state = f"{folder}/metrics{name}.jsonl", f"{folder}/state{name}.safetensors"
-    best = {k: p.clone() for k, p in reference.items()} | {"val_traj_l2": torch.tensor(math.inf)}
+    best = {k: p.clone() for k, p in reference.items()}
+    best |= {k: torch.tensor([math.inf, 0.0]) for k in ("first_scores", "scores")}   # traj_l2 and IoU, see validate
     parts = {"model": trained, "reference": reference, "best": best}
     start = common.load_state(state, parts, optimizer) if cfg.resume else 0
     if rank == 0:
@@ -408,25 +411,29 @@ def train(cfg, stage, round_number, models, pairs, held_out, folder, stop, devic
               f"{sum(p.numel() for p in trained.values()):,} trained parameters, from step {start}")
 
     @torch.no_grad()
-    def validate(step):
+    def validate(done, share=1.0):
         """The outcome on val scenes, as cold as sample.py's (the candidates are not: they should differ). This, not the
-        loss, is what the stage is for."""
+        loss, is what the stage is for. -> (2,) traj_l2, IoU"""
         raw.eval()
-        value, _ = judge.outcome(models, held_out.result(), device, steps=cfg.sampler_steps,
-                                 shift=cfg.sampler_shift, solver=cfg.solver, temperature=cfg.temperature)
+        scores, _ = judge.outcome(models, held_out.result(), device, steps=cfg.sampler_steps,
+                                  shift=cfg.sampler_shift, solver=cfg.solver, temperature=cfg.temperature)
         raw.train()
-        if value < best["val_traj_l2"]:
-            for k, p in trained.items():
-                best[k].copy_(p)
-            best["val_traj_l2"].fill_(value)
         if rank == 0:
-            common.log_line(log, {"step": max(step - 1, 0), "val_traj_l2": value})
-            bar.write(f"stage {stage}, step {step}: val traj_l2 {value:.4f}")
+            common.log_line(log, {"step": max(done - 1, 0), "share": share} | scores)
+            bar.write(f"stage {stage}, " + (f"step {done}" if share == 1 else f"{share:.0%} of the way to the best")
+                      + f": val traj_l2 {scores['val_traj_l2']:.4f}, IoU {scores['val_iou']:.3f}")
+        return torch.tensor([*scores.values()])
+
+    def keep_if_best(scores):
+        if scores[0] < best["scores"][0]:
+            for k, v in (trained | {"scores": scores}).items():
+                best[k].copy_(v.detach())
 
     began = time.time()
     bar = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, disable=rank > 0, desc=f"stage {stage}")
     if start == 0:
-        validate(0)
+        best["first_scores"] = validate(0)
+        keep_if_best(best["first_scores"])
     for step in bar:
         scale = min((step + 1) / (cfg.warmup + 1), 0.1 + 0.45 * (1 + math.cos(math.pi * step / cfg.steps)))
         for group in optimizer.param_groups:
@@ -478,14 +485,22 @@ def train(cfg, stage, round_number, models, pairs, held_out, folder, stop, devic
                                 loser=f"{entry['loser_vs_reference']:+.1e}")
         ending = stop.agreed(device)
         if done % cfg.eval_every == 0 or done == cfg.steps:
-            validate(done)
+            keep_if_best(validate(done))
         if done % cfg.eval_every == 0 or done == cfg.steps or ending:
             common.save_state(state, done, parts, optimizer)
         if ending and done < cfg.steps:
             return True
-    with torch.no_grad():
-        for k, p in trained.items():
-            p.copy_(best[k])
+    # Preferences are about where things go, and may cost how these look. So from the best back towards the beginning,
+    # by quarters, until neither is worse than it was there
+    for share in (1.0, 0.75, 0.5, 0.25, 0.0):
+        with torch.no_grad():
+            for k, p in trained.items():
+                p.copy_(torch.lerp(reference[k], best[k], share))
+        scores = best["scores"] if share == 1 else validate(cfg.steps + 1, share)
+        if scores[0] <= best["first_scores"][0] and scores[1] >= best["first_scores"][1] - SLACK:
+            break
+    if rank == 0:
+        made = {}
     if rank == 0:
         made = {}
         if "LoRA" in STAGES[stage]:
@@ -498,7 +513,7 @@ def train(cfg, stage, round_number, models, pairs, held_out, folder, stop, devic
                     os.remove(f"{folder}/{old}.safetensors")
         for file, (tensors, config) in made.items():
             common.save_weights(f"{folder}/{file}.safetensors", tensors, config, torch.bfloat16)
-        print(f"wrote the {STAGES[stage]} of val traj_l2 {best['val_traj_l2']:.4f} to {folder}")
+        print(f"wrote the {STAGES[stage]} of val traj_l2 {scores[0]:.4f}, IoU {scores[1]:.3f}, to {folder}")
     return False
 
 

@@ -277,7 +277,7 @@ def distance(c, c_true, diagonal):
 def measure(video, batch, fps=16, detail=True):
     """Every metric of every clip: video (B, 3, T, H, W) against a make_batch dict -> {metric: (B,), NaN = undefined}.
 
-    detail=False: only traj_l2, for choosing among many samples."""
+    detail=False: only traj_l2 and iou_visible, for choosing among many samples."""
     B, _, _, H, W = video.shape
     N, mask, diagonal = batch["alive"].shape[1], batch["mask"], math.hypot(H, W)
     found, true, c, c_true, counts = tracks(video, batch)
@@ -288,7 +288,11 @@ def measure(video, batch, fps=16, detail=True):
         n = where.flatten(1).sum(1)
         return torch.where(n > 0, torch.where(where, x, 0.0).flatten(1).sum(1) / n.clamp_min(1), torch.nan)
 
-    out = dict(traj_l2=mean(error, counts))
+    # of all bodies' pixels, where the truth shows them
+    seen = (true_area >= 0.5 * true_area.amax(1, keepdim=True).clamp_min(8)) & batch["alive"][:, None]
+    seen[:, 0] = False
+    overlap = (found & true).sum((-2, -1)) / (found | true).sum((-2, -1)).clamp_min(1)              # (B, T, N)
+    out = dict(traj_l2=mean(error, counts), iou_visible=mean(overlap, seen))
     if not detail:
         return out
     when = {}                                      # clips of other origin may have masks, but no velocities
@@ -307,7 +311,7 @@ def measure(video, batch, fps=16, detail=True):
         out["velocity_error_before_contact"] = mean(speed, inside & when["flight"][:, 1:])
         out["velocity_error_after_contact"] = mean(speed, inside & ~when["flight"][:, 1:])
 
-    # PISA's, per dropped body, then averaged over the clip's; all bodies' pixels for parser IoU
+    # PISA's, per dropped body, then averaged over the clip's
     judged = batch["falls"].nonzero().tolist()
     numbers = [pisa(found[b, :, k], true[b, :, k]) for b, k in judged]
     for name in ("l2", "chamfer", "iou"):
@@ -315,10 +319,6 @@ def measure(video, batch, fps=16, detail=True):
         for (b, k), number in zip(judged, numbers):
             each[b, k] = number[name]
         out[f"pisa_{name}"] = each.nanmean(1)
-    union = (found | true).sum((-2, -1))
-    seen = (true_area >= 0.5 * true_area.amax(1, keepdim=True).clamp_min(8)) & batch["alive"][:, None]
-    seen[:, 0] = False
-    out["iou_visible"] = mean((found & true).sum((-2, -1)) / union.clamp_min(1), seen)
 
     if when:
         out |= found_laws(c, c_true, counts, when["flight"], batch, fps)
@@ -401,19 +401,21 @@ def val_captions(names, clips):
 
 @torch.no_grad()
 def outcome(models, scenes, device, **how):
-    """Mean traj_l2 on val_scenes, over all ranks, with the same noise each time; and truth and sample in turn, as uint8
-    videos, of this rank's scenes with films. how: options of sample.generate."""
-    total, shown = torch.zeros(2, device=device), []
+    """dict(val_traj_l2, val_iou), means of traj_l2 and iou_visible on val_scenes, over all ranks, with the same noise
+    each time; and truth and sample in turn, as uint8 videos, of this rank's scenes with films. how: options of
+    sample.generate."""
+    total, shown = torch.zeros(4, device=device), []
     for start, batch in scenes:
         batch = common.tree_map(batch, lambda v: v.to(device))
         video = sample.generate(models, batch["video"][:, :, 0], batch["caption"],
                                 [("val", start + i) for i in range(len(batch["video"]))], batch["mask"].shape[1],
                                 photo=batch["photo"], **how)
-        error = measure(video, batch, detail=False)["traj_l2"]
-        total += torch.stack([error.nansum(), error.isfinite().sum()])
+        scores = measure(video, batch, detail=False)
+        total += torch.stack([f(scores[k]) for k in ("traj_l2", "iou_visible")
+                              for f in (torch.nansum, lambda x: x.isfinite().sum())])
         shown += [common.to_uint8(v) for pair in zip(common.from_bytes(batch["film"]), video) for v in pair]
-    error, count = common.average(total, device).tolist()
-    return error / count, shown
+    error, judged, overlap, all_clips = common.average(total, device).tolist()
+    return dict(val_traj_l2=error / judged, val_iou=overlap / all_clips), shown
 
 
 def summary(per_clip):

@@ -124,8 +124,8 @@ class Attention(nn.Module):
     def forward(self, x, context, rotary=None):
         q, k, v = self.norm_q(self.q(x)), self.norm_k(self.k(context)), self.v(context)
         q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in (q, k, v))                            # (B, L, N, d)
-        if rotary is not None:
-            q, k = rotate(q, rotary), rotate(k, rotary)
+        if rotary is not None:                     # x may be the last of the context's tokens
+            q, k = rotate(q, rotary[-q.shape[1]:]), rotate(k, rotary)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))                                            # (B, N, L, d)
         return self.o(common.attention(q, k, v).transpose(1, 2).flatten(2))                         # (B, L, D)
 
@@ -138,14 +138,16 @@ class Block(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU("tanh"), nn.Linear(ffn_dim, dim))
         self.modulation = nn.Parameter(torch.empty(1, 6, dim))
 
-    def forward(self, x, text, rows, rotary):
-        """x (B, G, g, D): all tokens, in G groups of one time each; rows (B, G, 6, D), what the time says."""
+    def forward(self, x, text, rows, rotary, silent=0):
+        """x (B, G, g, D): all tokens, in G groups of one time each; rows (B, G, 6, D), what the time says; silent: how
+        many groups, from the left, are only attended to -> (B, G - silent, g, D)."""
         flat, groups = lambda y: y.flatten(1, 2), lambda y: y.unflatten(1, x.shape[1:3])            # (B, L, D) and back
         norm = lambda y: F.layer_norm(y, y.shape[-1:], eps=EPS)
         modulation = (rows + self.modulation[:, None]).unsqueeze(3)                                 # (B, G, 6, 1, D)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(2)                         # 6 x (B, G, 1, D)
         y = flat(torch.addcmul(shift1, norm(x), 1 + scale1))
-        x = torch.addcmul(x, groups(self.self_attn(y, y, rotary).float()), gate1)
+        x, gate1, shift2, scale2, gate2 = (v[:, silent:] for v in (x, gate1, shift2, scale2, gate2))
+        x = torch.addcmul(x, groups(self.self_attn(y[:, silent * x.shape[2]:], y, rotary).float()), gate1)
         x = x + groups(self.cross_attn(flat(self.norm3(x)), text))
         y = torch.addcmul(shift2, norm(x), 1 + scale2)
         return torch.addcmul(x, self.ffn(y).float(), gate2)
@@ -313,13 +315,14 @@ class VideoDiT(nn.Module):
             rows = torch.cat([rows[:, :1].expand(-1, clean // size, -1, -1),
                               rows[:, 1:].expand(-1, z.shape[1] - clean // size, -1, -1)], 1)        # (B, G, 6, D)
 
-        for block in self.blocks:
+        for i, block in enumerate(self.blocks, 1):
+            silent = clean // size if i == len(self.blocks) else 0     # no one reads what clean tokens would become
             if self.checkpointing and torch.is_grad_enabled():
-                z = checkpoint(block, z, text, rows, rotary, use_reentrant=False)
+                z = checkpoint(block, z, text, rows, rotary, silent, use_reentrant=False)
             else:
-                z = block(z, text, rows, rotary)
+                z = block(z, text, rows, rotary, silent)
 
-        v = self.head(z.flatten(1, 2)[:, clean:], time[:, -1:].float())                              # (B, k h w, 4 C)
+        v = self.head(z.flatten(1, 2), time[:, -1:].float())                                        # (B, k h w, 4 C)
         v = v.unflatten(1, (k, h, w)).unflatten(-1, (2, 2, -1))                                  # (B, k, h, w, 2, 2, C)
         return v.permute(0, 6, 1, 2, 4, 3, 5).reshape(B, -1, k, H, W)
 

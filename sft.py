@@ -396,18 +396,18 @@ def main():
               f"from step {first}")
 
     def validate(step):
-        """Sample val clips with the averaged weights, every rank its share. -> mean traj_l2; a sheet in the folder."""
+        """Sample val clips with the averaged weights, every rank its share; a sheet in the folder. -> {metric: mean}"""
         raw.eval()
         with ema.applied(raw):
-            score, shown = judge.outcome(models, held_out.result(), device, steps=cfg.sampler_steps,
-                                         shift=cfg.sampler_shift, solver=cfg.solver, temperature=cfg.temperature)
+            scores, shown = judge.outcome(models, held_out.result(), device, steps=cfg.sampler_steps,
+                                          shift=cfg.sampler_shift, solver=cfg.solver, temperature=cfg.temperature)
             for part in shards:                    # without a backward pass they would stay whole, with these weights
                 part.reshard()
         raw.train()
         shown = sum(common.gather([v[::2] for v in shown]), [])                      # the scenarios are on all ranks
         if rank == 0:
             common.write_image(f"{folder}/{step:06d}.png", common.sheet(shown))
-        return score
+        return scores
 
     # training
     models = sample.Models(vae, encoder, dit, text=text)
@@ -462,10 +462,10 @@ def main():
         if done % cfg.eval_every == 0 or done == cfg.steps or ending:
             common.save_state(state, done, parts, *optimizers)
         if done % cfg.eval_every == 0 or done == cfg.steps:
-            score = validate(done)
+            scores = validate(done)
             if rank == 0:
-                common.log_line(log, {"step": step, "val_traj_l2": score})
-                bar.write(f"step {done}: val traj_l2 {score:.4f}")
+                common.log_line(log, {"step": step} | scores)
+                bar.write(f"step {done}: val traj_l2 {scores['val_traj_l2']:.4f}, IoU {scores['val_iou']:.3f}")
         if ending:
             break
 
