@@ -322,7 +322,7 @@ class VideoDiT(nn.Module):
             else:
                 z = block(z, text, rows, rotary, silent)
 
-        v = self.head(z.flatten(1, 2), time[:, -1:].float())                                        # (B, k h w, 4 C)
+        v = self.head(z.flatten(1, 2)[:, -k * h * w:], time[:, -1:].float())                         # (B, k h w, 4 C)
         v = v.unflatten(1, (k, h, w)).unflatten(-1, (2, 2, -1))                                  # (B, k, h, w, 2, 2, C)
         return v.permute(0, 6, 1, 2, 4, 3, 5).reshape(B, -1, k, H, W)
 

@@ -538,13 +538,14 @@ class Contacts:
         flat = lambda t: t.flatten(0, 1)
         self.world = B * N
         self.shape, self.h = shape, h = flat(scene["shape"]), flat(scene["half_extents"])
-        self.tubes = (shape == CYLINDER).any().item()                                # else much is simpler
+        self.tube = shape == CYLINDER
+        self.tubes = self.tube.any().item()        # else much is simpler
         self.bound = _bound(shape, h) + HOLD
         smooth = (shape == SPHERE) | (shape == CAPSULE)
         self.radius = torch.where(smooth, h[:, 0], 0.0)                                             # (M,)
         self.core = h - self.radius[:, None]                                                        # (M, 3)
         self.points = CORNERS.to(device) * self.core[:, None]                                       # (M, 8, 3)
-        self.core[:, 1] = torch.where(shape == CYLINDER, 1e6, self.core[:, 1])
+        self.core[:, 1] = torch.where(self.tube, 1e6, self.core[:, 1])
         thin = torch.where(smooth, 0.0, h.amin(-1))
         self.inset, self.soft = ROUND * thin, SOFT * thin
         eight = torch.arange(8, device=device)
@@ -576,8 +577,7 @@ class Contacts:
         """Points of bodies k (F,) in their frames -> (F, 8, 3); a cylinder's are on its rims, from `toward` on."""
         if not self.tubes:
             return take(self.points, k)
-        tube = take(self.shape, k) == CYLINDER
-        d, h = toward[:, :2], take(self.h, k)
+        tube, d, h = take(self.tube, k), toward[:, :2], take(self.h, k)
         # within three degrees of flat the rim's points stay where they are: circling, they would lose their impulses
         d = d + 0.02 * (1 - d.norm(dim=-1, keepdim=True) / 0.05).clamp_min(0) * RING[0, :2].to(d)
         d = d / d.norm(dim=-1, keepdim=True).clamp_min(1e-6)
@@ -588,11 +588,10 @@ class Contacts:
         rims = torch.stack([h[:, :1] * (c * x - s * y), h[:, :1] * (c * y + s * x), h[:, 2:] * z], -1)
         return torch.where(tube[:, None, None], rims, take(self.points, k))
 
-    def unroll(self, p, k):
-        """Points (F, 3) in the frames of bodies k (F,), in a cylinder's case (distance from the axis, 0, z)."""
+    def unroll(self, p, tube):
+        """Points (F, 3) in the frames of bodies; of cylinders, tube (F,), as (distance from the axis, 0, z)."""
         if not self.tubes:
             return p
-        tube = take(self.shape, k) == CYLINDER
         x, y, z = p.unbind(1)
         return torch.stack([torch.where(tube, p[:, :2].norm(dim=-1), x), torch.where(tube, 0.0, y), z], 1)
 
@@ -600,12 +599,13 @@ class Contacts:
         """How deep bodies a (P,) reach into bodies b along b's axes, (P, 3), unrolled; below 0 along one: not at all.
 
         center (P, 3): of a, in b's frame; turn (P, 3, 3): a's frame to b's."""
-        flat = self.unroll(center, b)
+        tube = take(self.tube, b)
+        flat = self.unroll(center, tube)
         reach = rotate(turn.abs(), take(self.h, a))
         if self.tubes:
             spoke = center[:, :2] / center[:, :2].norm(dim=-1, keepdim=True).clamp_min(1e-9)
             radial = dot((spoke[..., None] * turn[:, :2]).sum(1).abs(), take(self.h, a))
-            reach[:, 0] = torch.where(take(self.shape, b) == CYLINDER, radial, reach[:, 0])
+            reach[:, 0] = torch.where(tube, radial, reach[:, 0])
         return take(self.core, b) + take(self.radius, b)[:, None] + reach - flat.abs()
 
     def distance(self, p, k, soft, u):
@@ -614,7 +614,8 @@ class Contacts:
         u (F, 3): how p moves there, m/s. A point inside leaves by the face that it came through last, which is not the
         nearest: a domino's corner that sinks into the next one, which is as wide, is nearest to its side.
         -> gap (F,) and outward normal (F, 3)."""
-        flat, tube = self.unroll(p, k), take(self.shape, k) == CYLINDER
+        tube = take(self.tube, k)
+        flat = self.unroll(p, tube)
         spoke = p[:, :2] / p[:, :2].norm(dim=-1, keepdim=True).clamp_min(1e-9)       # of cylinders
         if self.tubes:
             u = torch.where(tube[:, None], torch.stack([dot(u[:, :2], spoke), 0 * u[:, 0], u[:, 2]], 1), u)
@@ -635,12 +636,12 @@ class Contacts:
         -> s (F,) in [0, 1] and whether both ends are farther away. The squared distance is convex along it, and for a
         box its slope is piecewise linear: bisection finds the piece, one secant the root. Half-way gets a small bonus:
         else the point would jump from end to end of an edge that lies on a face, and what lies there would tremble."""
-        core, tube = take(self.core, k) - soft[:, None], take(self.shape, k) == CYLINDER
+        core, tube = take(self.core, k) - soft[:, None], take(self.tube, k)
         square = dot(d, d).clamp_min(1e-12)
 
         def slope(s):
             at, along = p + s[:, None] * d, d
-            flat = self.unroll(at, k)
+            flat = self.unroll(at, tube)
             if self.tubes:
                 radial = dot(at[:, :2], d[:, :2]) / at[:, :2].norm(dim=-1).clamp_min(1e-9)
                 along = torch.stack([torch.where(tube, radial, d[:, 0]), d[:, 1], d[:, 2]], 1)
@@ -653,6 +654,8 @@ class Contacts:
         leaves = torch.where((f_high > 2 * MIDDLE) & (f_low.abs() <= MIDDLE / 2), 1.0, 0.0) \
             - torch.where((f_low < -2 * MIDDLE) & (f_high.abs() <= MIDDLE / 2), 1.0, 0.0)
         inside = across | (leaves != 0)                                              # else ends count, and are corners
+        if not inside.any():
+            return torch.full_like(low, 0.5), inside
         pull = lambda s: MIDDLE * torch.where(across, s - 0.5, -leaves)
         f_low, f_high = f_low + pull(low), f_high + pull(high)
         for _ in range(7):
@@ -782,10 +785,12 @@ class Impulses:
 
     def both(self, c):
         """What contacts have, (..., C), for each of their sides, (..., S)."""
-        return torch.cat([c, c[..., self.alone:]], -1)
+        return c if self.alone == self.C else torch.cat([c, c[..., self.alone:]], -1)
 
     def each(self, s):
         """The sum over the sides, (..., S), of each contact, (..., C)."""
+        if self.alone == self.C:
+            return s
         return torch.cat([s[..., :self.alone], s[..., self.alone:self.C] + s[..., self.C:]], -1)
 
     def speed(self, V):
@@ -795,8 +800,8 @@ class Impulses:
         return self.each(torch.addcmul(self.J[:, :3] * V[:3], self.J[:, 3:], V[3:]).sum(1))
 
     def apply(self, V, p):
-        """Flat velocities (6 k,) after impulses p (3, C)."""
-        return V.scatter_add(0, self.into, (self.W * self.both(p)[:, None]).sum(0).flatten())
+        """Add to flat velocities (6 k,), in place, what impulses p (3, C) do."""
+        V.scatter_add_(0, self.into, (self.W * self.both(p)[:, None]).sum(0).flatten())
 
     def solve(self, V, target, mu, p, iterations):
         """Flat velocities, target speeds (C,), friction (C,), first guess of impulses (3, C) -> velocities, impulses.
@@ -806,20 +811,22 @@ class Impulses:
         extrapolated in the velocities, which are linear in them."""
         n, goal, momentum = len(V), torch.stack([target, 0 * target, 0 * target]), MOMENTUM.to(V)
         # velocities and impulses in one row: small operations cost what they are, whatever their size
-        last = state = torch.cat([self.apply(V, p), p.flatten()])                                   # (6 k + 3 C,)
+        last = state = torch.cat([V, p.flatten()])                                                  # (6 k + 3 C,)
+        self.apply(state[:n], p)
         age = torch.zeros(self.clips, dtype=torch.long, device=V.device)
         moved_last = torch.full_like(age, torch.inf, dtype=V.dtype)
         for _ in range(iterations):
             y = torch.addcmul(state, momentum[age].index_select(0, self.homes), state - last)
             V_y, p_y = y[:n], y[n:].view(3, -1)
             p = torch.addcmul(p_y, self.step, goal - self.speed(V_y))
-            push, slide = p[0].clamp_min(0), p[1:]
-            grip = (mu * push / torch.hypot(p[1], p[2]).clamp_min(1e-12)).clamp_max(1)
-            p = torch.cat([push[None], slide * grip])
+            push, slide = p[0].clamp_min_(0), p[1:]
+            slide *= (mu * push / torch.hypot(slide[0], slide[1]).clamp_min(1e-12)).clamp_max(1)
             change = p - p_y
             moved = torch.zeros_like(moved_last).index_add_(0, self.home, (change * change).sum(0) / self.step[0])
             age, moved_last = torch.where(moved > moved_last, 0, age + 1), moved
-            last, state = state, torch.cat([self.apply(V_y, change), p.flatten()])
+            self.apply(V_y, change)
+            p_y.copy_(p)
+            last, state = state, y
         return state[:n], p
 
 
@@ -888,15 +895,16 @@ def simulate(scene, frames, fps, gravity=None, rate=RATE):
             # resting and sliding forces act all through the step, so half of what they do to v belongs into x as well
             steady = torch.ones(len(k), device=device).index_fill(0, touch.body[touch.both(bounces)], 0)
             dx, dq = (h / 2 * steady * (after - V).view(6, -1)).T.split(3, 1)
-            x[k], turned = x[k] + dx, quat_mul(quat_exp(dq), q[k])
+            x[k], q[k] = x[k] + dx, quat_mul(quat_exp(dq), q[k])
             warm[slot] = rotate(touch.frame, p.T)
             for one, other in ((a, b), (b, a)):
                 given = given.index_add(0, one * (N + 1) + torch.where(other == M, N, other % N), p[0])
-            # the same solver moves positions: the penetration is the "speed" wanted, friction-free, from zero
-            touch.level()
-            push = touch.solve(torch.zeros_like(V), -gap, 0 * gap, torch.zeros_like(p), 10)[0]
-            dx, dq = push.view(6, -1).T.split(3, 1)
-            x[k], q[k] = x[k] + dx, quat_mul(quat_exp(dq), turned)
+            if (gap < 0).any():                    # else nothing would move
+                # the same solver moves positions: the penetration is the "speed" wanted, friction-free, from zero
+                touch.level()
+                push = touch.solve(torch.zeros_like(V), -gap, 0 * gap, torch.zeros_like(p), 10)[0]
+                dx, dq = push.view(6, -1).T.split(3, 1)
+                x[k], q[k] = x[k] + dx, quat_mul(quat_exp(dq), q[k])
         if (step + 1) % steps == 0:
             record.append((x, q, v, w, given))
             given = torch.zeros_like(given)
