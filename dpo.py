@@ -501,8 +501,6 @@ def train(cfg, stage, round_number, models, pairs, held_out, folder, stop, devic
             break
     if rank == 0:
         made = {}
-    if rank == 0:
-        made = {}
         if "LoRA" in STAGES[stage]:
             made["lora2"] = M.lora_state(dit), {"rank": cfg.rank, "alpha": cfg.alpha, "base": dit.base}
         if "head" in STAGES[stage]:
