@@ -2991,6 +2991,7 @@ def test_dpo_runs_and_resumes(tmp_path, monkeypatch):
         patch.setattr(common, "precision", lambda device: torch.float32)
         run("dpo.py", *tiny, "--name=one", "--steps=1", "--stages=2", cwd=tmp_path)
     one, two = (read_all(tmp_path / f"out/{name}/state2.safetensors") for name in ("one", "ranks"))
+    assert torch.allclose(one["best/first_scores"], two["best/first_scores"], atol=1e-4)             # on shared scenes
     slopes = [k for k in one if k.endswith("exp_avg") and one[k].abs().max() > 0]
     assert slopes and all((one[k] - two[k]).norm() <= 0.01 * one[k].norm() for k in slopes)
     # what a run folder has is what is sampled
