@@ -668,7 +668,9 @@ def test_scenarios(name):
         step = moved["position"] - scene["position"]
         assert step[scene["dynamic"]].norm(dim=-1).mean() > 0.01 and step[~scene["dynamic"]].abs().sum() == 0
         assert simdata.dot(step, scene["normal"]).abs().max() < 1e-6
-    clip = simdata.make_batch(name, 4, 6, frames=9, fps=8)                           # as the judge sees them
+    path = simdata.simulate(scene, 25, 16)
+    few = of_first(scene, 8), {k: v[:8, :17:2] for k, v in path.items()}             # 8 frames a second
+    clip = simdata.render(*few, 64, 2) | few[0] | few[1]                             # as the judge sees them
     right, still = (judge.measure(v, clip) for v in (clip["video"], clip["video"][:, :, :1].expand_as(clip["video"])))
     assert right["freeze"].nansum() == 0 and right["duplicate"].nanmean() < 0.05 and right["vanish"].nanmean() < 0.02
     assert still["freeze"].nanmean() == 1 and still["duplicate"].nanmean() < 0.1
@@ -678,7 +680,6 @@ def test_scenarios(name):
     M = batch["camera"]["world_to_camera"]
     z = batch["depth"].view(4, -1) * d[..., 2] - (M[:, :3, 2] * M[:, :3, 3]).sum(1)[:, None]        # of the point seen
     assert (z[batch["mask"].view(4, -1) > 0].abs() < 1e-4).float().mean() < 0.1      # there one sees the floor itself
-    path = simdata.simulate(scene, 25, 16)
     moved = (path["position"] - path["position"][:, :1]).norm(dim=-1).amax(1)
     assert (moved[scene["falls"]] > 0.05).float().mean() > 0.3                       # something happens
     assert moved[alive & ~scene["dynamic"]].sum() == 0
@@ -2658,7 +2659,7 @@ def test_sft_resumes_to_the_bit_and_two_ranks_equal_one(tmp_path):
     refused("sft.py", *TINY_SFT, "--rank=2", cwd=tmp_path, says="expected --init_from=FILE")
     # row 4 of the paper's table: DPO of a DiT that has no encoder
     tiny = ["--data=out/base", "--scenarios=drop", "--pairs=2", "--candidates=2", "--margin=0", "--sampler_steps=1",
-            "--batch=2", "--eval_clips=1", "--steps=1", "--device=cpu"]
+            "--batch=2", "--eval_clips=1", "--steps=1", "--frames=9", "--device=cpu"]
     run("dpo.py", *tiny, "--stages=2", cwd=tmp_path)
     judge.sample.load_models(str(tmp_path / "out/dpo"), 2)
     refused("dpo.py", *tiny, "--stages=head", cwd=tmp_path, says="expected --stages=2")
@@ -2920,7 +2921,8 @@ def test_dpo_runs_and_resumes(tmp_path, monkeypatch):
     again = read_all(tmp_path / "out/b/head3.safetensors")
     assert all(torch.equal(v, again[k]) for k, v in head.items())
     # stopped while pairs are made: after the shard at hand, and the next run makes the rest
-    three = [*tiny[:-1], "--scenarios=drop,collide,roll", "--pairs=6", "--pool=out/rest", "--steps=1", "--stages=2"]
+    three = [*tiny[:-2], "--frames=5", "--scenarios=drop,collide,roll", "--pairs=6", "--pool=out/rest", "--steps=1",
+             "--stages=2"]
     stopped("dpo.py", *three, "--name=three", cwd=tmp_path, when=tmp_path / "out/rest/0000.jsonl")
     shards = sorted((tmp_path / "out/rest").glob("*.safetensors"))                   # one for each scenario
     assert 1 <= len(shards) < 3 and not (tmp_path / "out/three/state2.safetensors").exists()
@@ -3114,10 +3116,10 @@ def test_clips_on_disk(tmp_path, monkeypatch, films):
         f.write('{"clip": "drop-va')                                                 # killed while it wrote a line
     simdata.export(str(folder), "drop", 6, 5, "val")
     assert all(os.stat(folder / f).st_mtime_ns == t for f, t in before.items())      # what is there is kept
-    simdata.export(str(folder), "support", 2, 5, "val")                              # more bodies
+    simdata.export(str(folder), "dominoes", 2, 5, "val")                              # more bodies
     clips = simdata.Clips(str(folder))
     back, true = clips.read(0, len(clips)), of_first(films, 6)
-    more = simdata.make_batch("support", 2, 5, "val")
+    more = simdata.make_batch("dominoes", 2, 5, "val")
     assert len(clips) == 8 and back["caption"] == true["caption"] + more["caption"]
     N = more["alive"].shape[1]
     assert back["alive"].shape == (8, N) and not back["alive"][:6, true["alive"].shape[1]:].any()
