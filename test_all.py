@@ -2584,6 +2584,7 @@ def stopped(script, *flags, cwd, when):
         time.sleep(0.005)
     process.terminate()
     process.join(120)
+    process.kill()                                 # if it still runs, nothing waits for it
     output = said.read()
     assert process.exitcode == 0 and "stopped" in output and "--resume=True" in output, output[-2000:]
 
