@@ -107,8 +107,8 @@ def second_process(request, tmp_path_factory):
 
 def run(script, *flags, ok=True, cwd=None):
     """Run one of our scripts as `python script flags` in cwd would, its output folder out/ is then there
-    -> CompletedProcess. It runs in this process, for starting one takes seconds; the README's commands, what is
-    stopped and what has ranks get processes of their own."""
+    -> CompletedProcess. It runs in this process, for starting one takes seconds; what is stopped and what has ranks
+    gets processes of its own, see begin."""
     module = importlib.import_module(script[:-3].replace("/", "."))
     out, err, code = io.StringIO(), io.StringIO(), 0
     handlers = {sig: signal.getsignal(sig) for sig in (signal.SIGINT, signal.SIGTERM)}
@@ -2558,8 +2558,8 @@ def read_all(path):
     return common.read_weights(path)[0]
 
 
-# Python, torch and what its optimizers load take six seconds to start. So one process that has imported them, and has
-# done nothing else, forks the ones that scripts run in.
+# Python, torch and what its optimizers load take seconds to start. So one process that has imported them, and has done
+# nothing else, forks the ones that scripts run in.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "dpo", "encoder", "sft", "vae"])
 
@@ -3134,7 +3134,7 @@ def test_clips_on_disk(tmp_path, monkeypatch, films):
         f.write('{"clip": "drop-va')                                                 # killed while it wrote a line
     simdata.export(str(folder), "drop", 6, 5, "val")
     assert all(os.stat(folder / f).st_mtime_ns == t for f, t in before.items())      # what is there is kept
-    simdata.export(str(folder), "dominoes", 2, 5, "val")                              # more bodies
+    simdata.export(str(folder), "dominoes", 2, 5, "val")                             # more bodies
     clips = simdata.Clips(str(folder))
     back, true = clips.read(0, len(clips)), of_first(films, 6)
     more = simdata.make_batch("dominoes", 2, 5, "val")
@@ -3705,7 +3705,7 @@ def test_every_command_in_the_readme_parses():
 
 @slow
 def test_readme_trains_from_nothing(tmp_path):
-    """The README's recipe, line by line in a folder that holds nothing but the code; only the sizes are shrunk."""
+    """The README's recipe, line by line in a folder without weights; only the sizes are shrunk."""
     small = {"vae.py": "--clips=4 --val_clips=2 --batch=2", "encoder.py": "--scenes=8 --val_scenes=4 --batch=4",
              "sft.py": "--clips=8 --batch=2 --eval_clips=2 --frames=9",
              "dpo.py": "--pairs=4 --candidates=2 --margin=0 --batch=2 --eval_clips=2 --sampler_steps=1 --frames=9"}
@@ -3720,7 +3720,7 @@ def test_readme_trains_from_nothing(tmp_path):
         script = next((word for word in line.split() if word in small), None)
         scenarios = "drop,roll" if script == "vae.py" else "drop"
         line += f" {small[script]} --steps=1 --eval_every=1 --scenarios={scenarios}" if script else ""
-        if script in (None, "vae.py"):             # one of them as a command, for each takes six seconds to begin
+        if script in (None, "vae.py"):             # one script as a command; each takes seconds to begin
             done = subprocess.run(["bash", "-c", line], cwd=tmp_path, env=shell, capture_output=True, text=True)
             assert done.returncode == 0, f"{line}\n{done.stderr[-2000:]}"
         else:
