@@ -335,6 +335,7 @@ def main():
                          "them, or --data=FOLDER, a run of sft.py or dpo.py, in their place")
     if cfg.weights:                                # before gigabytes are read
         common.check_sides(cfg, ("height", "width"), SIDES[cfg.model])
+    image, note = common.read_image(cfg.image, (cfg.height, cfg.width))
     out = cfg.out or f"out/{os.path.splitext(os.path.basename(cfg.image))[0]}.mp4"
     if os.path.splitext(out)[1].lower() not in common.VIDEO_EXTENSIONS:
         raise InputError(f"--out={out}: expected a name that ends in {', '.join(common.VIDEO_EXTENSIONS)}")
@@ -346,7 +347,6 @@ def main():
     if not cfg.out:
         common.make_dir("out")
     common.check_writable(out)                     # before the work, not after it
-    image, note = common.read_image(cfg.image, (cfg.height, cfg.width))
     prompt = cfg.prompt
     if not prompt:
         with Image.open(cfg.image) as picture:

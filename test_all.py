@@ -3631,7 +3631,7 @@ def test_bad_input_is_refused(tmp_path):
     (tmp_path / "broken.png").write_bytes(broken[:40])
     (tmp_path / "folder").mkdir()
     (tmp_path / "cut.safetensors").write_bytes(open(f"{HERE}/data/dit.safetensors", "rb").read(1000))
-    for argument, says in (("none.png", "does not exist"), ("folder", "folder"), ("text.png", "not a readable"),
+    for argument, says in (("none.png", "does not exist"), ("folder/", "folder/ is a folder"), ("text.png", "not a readable"),
                            ("broken.png", "not a readable"), ("tiny.png", "16 to 8192")):
         refused("sample.py", argument, data, cwd=tmp_path, says=says)
     for flag, says in (("--steps=0", "range"), ("--steps=many", "integer"), ("--colour=red", "unknown"),
