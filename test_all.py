@@ -1,5 +1,5 @@
 """
-Every promise, tested:  python -m pytest -q test_all.py    (nine minutes on two cores, even without AVX-512)
+Every promise, tested:  python -m pytest -q test_all.py    (under ten minutes on two cores)
 
 Parity with diffusers and transformers is checked where these are installed and skipped where they are not.
 """
@@ -3631,8 +3631,9 @@ def test_bad_input_is_refused(tmp_path):
     (tmp_path / "broken.png").write_bytes(broken[:40])
     (tmp_path / "folder").mkdir()
     (tmp_path / "cut.safetensors").write_bytes(open(f"{HERE}/data/dit.safetensors", "rb").read(1000))
-    for argument, says in (("none.png", "does not exist"), ("folder/", "folder/ is a folder"), ("text.png", "not a readable"),
-                           ("broken.png", "not a readable"), ("tiny.png", "16 to 8192")):
+    for argument, says in (("none.png", "does not exist"), ("folder/", "folder/ is a folder"),
+                           ("text.png", "not a readable"), ("broken.png", "not a readable"),
+                           ("tiny.png", "16 to 8192")):
         refused("sample.py", argument, data, cwd=tmp_path, says=says)
     for flag, says in (("--steps=0", "range"), ("--steps=many", "integer"), ("--colour=red", "unknown"),
                        ("--frames=24", "25"), ("--out=nowhere/a.mp4", "does not exist"),
