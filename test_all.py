@@ -3614,6 +3614,9 @@ def test_shipped_model_listens():
     finer = sample.generate(models, image, captions, keys, steps=8, photo=photo)
     assert 1e-3 < (finer - video).abs().mean() < 0.05                            # the encoder sees more in the photo
     assert (sample.generate(models, image, captions, keys, steps=8, photo=photo.flip(0)) - finer).abs().mean() > 0.01
+    # Stage II is a small step; its ranks in a wrong order (0.0014), or twice the alpha (0.013), are another one
+    preferred = sample.generate(sample.load_models(f"{HERE}/data", 3), image, captions, keys, steps=8)
+    assert 0.003 < (preferred - video).abs().mean() < 0.01
     silent = copy.copy(models.encoder)
     silent.forward = lambda x, grid, *_: torch.zeros(len(x), grid[0] * grid[1], 256)
     deaf = sample.Models(models.vae, silent, models.dit)
