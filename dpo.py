@@ -90,7 +90,7 @@ class Config:
     temperature: float = sample.DEFAULT_TEMPERATURE  # scale of their initial noise; that of candidates is --heat
     checkpointing: bool = False     # compute activations again in the backward pass instead of keeping them
     in_turn: bool = False           # clips one after the other through the network: less memory, a quarter more work
-    seed: int = 0                   # of pairs, order, noise
+    seed: int = 0                   # of the first LoRA, the order of pairs, the noise; candidates are always the same
     resume: bool = False            # go on from the run folder
     device: str = "auto"            # auto, cuda, mps or cpu
 
