@@ -348,6 +348,15 @@ def disk_cache(folder, function, *args):
     return made
 
 
+def kept(path, rank, stamp, make):
+    """make()'s dict of tensors, kept in a file for as long as its stamp holds; rank 0 makes it, the others read it."""
+    made = None
+    if rank == 0 and not (os.path.exists(path) and read_config(path) == stamp):
+        save_weights(path, made := make(), stamp)
+    barrier()
+    return made or read_weights(path)[0]
+
+
 def in_background(function, *args):
     """function(*args) in a thread of its own -> a Future: for what is needed later and made by other processes. The
     thread is a daemon, which an executor's is not: nobody waits for it at the end."""
@@ -684,7 +693,8 @@ def evenly(n, most):
 
 
 def fingerprint(*modules):
-    """A short string that changes when any weight does: which networks made a file of latents or pairs."""
+    """A short string of the sums of |w|, which changes when weights do (but not when signs alone flip): which networks
+    made a file of latents or pairs."""
     tensors = [t for m in modules if m is not None for t in m.state_dict().values()]
     total = [t.detach().cpu().double().abs().sum().item() for t in tensors]
     return f"{seed_of(','.join(f'{x:.9e}' for x in total)):016x}"

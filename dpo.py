@@ -22,7 +22,8 @@ alone, so a pool that was made with it serves without it as well. What the scene
 in out/scenes/.
 
 Flow-DPO (PhysMaster Eq. 3), v = eps - x0, the same t and eps for winner and loser, constant beta:
-    L = -log sigmoid(-beta / 2 * [(e_w - e_w_ref) - (e_l - e_l_ref)]),    e = mean (v - v_theta)^2
+    L = -log sigmoid(-beta / 2 * [(e_w - e_w_ref) - (e_l - e_l_ref)]),    e = mean (v - v_theta)^2,
+where the mean weighs each latent channel by how much of it a picture shows (vae.visibility), also with --sft=0.
 A falling loss alone proves nothing: both errors may grow. So metrics2.jsonl and metrics3.jsonl have winner and loser
 error against the reference, the margin and the implicit accuracy apart, and the outcome, traj_l2 and IoU on held-out
 scenes, along the way. What is kept is the checkpoint of lowest traj_l2, which may be the one that a stage began with;
@@ -59,7 +60,7 @@ class Config:
     pool: str = "out/pairs"         # folder of preference pairs; made if it lacks shards
     scenes: str = "out/scenes"      # folder where scenes and what judges them are kept for other policies
     scenarios: str = ",".join(simdata.SCENARIOS)  # which of the world's, separated by commas; they take turns
-    pairs: int = 1280               # scenes to draw candidates for, if they have a clear winner; 0: only what is there
+    pairs: int = 1280               # scenes to draw candidates for, all pairs a margin apart; 0: only what is there
     height: int = 64                # pixels of the clips
     width: int = 64                 # likewise
     frames: int = 25                # of a clip, 1 + 4k
@@ -74,7 +75,7 @@ class Config:
     sampler_steps: int = 12         # of candidates and val clips; neither is guided by the text
     sampler_shift: float = 3.0      # > 1 spends more of them near noise
     solver: str = "ab2"             # ab2, euler or unipc
-    beta: float = 500.0             # how closely the policy stays to the reference; 0 leaves the winner's loss alone
+    beta: float = 500.0             # how closely the policy stays to the reference; 0: the winner's loss is all
     sft: float = 0.1                # weight of the winner's flow-matching loss; 0 is the paper's loss
     shift: float = 5.0              # of the training times, as in Stage I
     rank: int = 16                  # of the LoRA
@@ -118,8 +119,8 @@ STAGES = {"2": "LoRA", "3": "head", "head": "head", "both": "LoRA and head"}
 def dpo_loss(err_w, err_l, ref_w, ref_l, beta):
     """Flow-DPO (PhysMaster Eq. 3; Diffusion-DPO, arXiv 2311.12908, for a flow): all arguments (B,) mean squared errors
     of the velocity -> (B,). At step 0 the policy is the reference and every entry is ln 2."""
-    margin = (err_w - ref_w) - (err_l - ref_l)
-    return -F.logsigmoid(-beta / 2 * margin)
+    gap = (err_w - ref_w) - (err_l - ref_l)        # < 0: the winner has gained more than the loser
+    return -F.logsigmoid(-beta / 2 * gap)
 
 
 class Policy(nn.Module):
@@ -163,8 +164,8 @@ def chaos_weights(scene, path, frames, fps, start=0, sims=4, parser_noise=0.25):
 
 def score(video, batch, weights):
     """Minus the weighted mean distance in px from found to true centroids of what falls -> (B,), higher is better."""
-    _, _, found, true, counts = judge.tracks(video, batch)
-    w = weights * counts
+    _, _, found, true, shown = judge.tracks(video, batch)
+    w = weights * (shown & batch["falls"][:, None])
     error = judge.distance(found, torch.nan_to_num(true), math.hypot(*video.shape[3:]))
     return -(error * w).sum((1, 2)) / w.sum((1, 2)).clamp_min(1e-6)
 
@@ -471,8 +472,9 @@ def train(cfg, stage, round_number, models, pairs, held_out, folder, stop, devic
 
         done = step + 1
         if step % cfg.log_every == 0:
-            margin = -cfg.beta / 2 * ((err_w - ref_w) - (err_l - ref_l))
-            values = torch.stack([preference.mean(), (margin > 0).float().mean(), margin.mean(), (err_w - ref_w).mean(),
+            gap = (err_w - ref_w) - (err_l - ref_l)
+            margin = -cfg.beta / 2 * gap
+            values = torch.stack([preference.mean(), (gap < 0).float().mean(), margin.mean(), (err_w - ref_w).mean(),
                                   (err_l - ref_l).mean(), ref_w.mean(), ref_l.mean()]).detach()
             names = ("loss", "implicit_accuracy", "margin", "winner_vs_reference", "loser_vs_reference",
                      "ref_w", "ref_l")

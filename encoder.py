@@ -461,7 +461,7 @@ class PhysEncoder(nn.Module):
         self.readout = Readout(config["dim"]).requires_grad_(False) if config.get("foretell") else None
         self.head = PhysicalHead(config)
 
-    def trunk(self):
+    def trunk_state(self):
         """Of the head's state dict what Depth Anything has as well."""
         return {k: v for k, v in self.head.state_dict().items() if re.match("(projects|resize_layers|scratch)[.]", k)}
 
@@ -469,7 +469,7 @@ class PhysEncoder(nn.Module):
         """Let the head's trunk start from Depth Anything's: a Depth Anything V2 file or folder, official or
         transformers', as wide as the config says, or a depth_head.safetensors of ours. What makes tokens of the trunk's
         map stays random; the convolutions that made depth of it are left out. Raises InputError if the file misfits."""
-        trunk = self.trunk()
+        trunk = self.trunk_state()
         with common.open_weights(path) as (found, _):
             named = {common.renamed(k, DepthAnything.RENAMES).removeprefix("depth_head."): v          # (shape, read)
                      for k, v in found.items()}
@@ -629,12 +629,9 @@ def mirror(batch, which):
 
 
 def cached(path, rank, device, **what):
-    """render_scenes(**what), kept in a file for as long as its code stays; rank 0 makes it, the others read it."""
-    made, stamp = None, what | {"world": common.source_hash(), "code": common.source_hash(__file__)}
-    if rank == 0 and not (os.path.exists(path) and common.read_config(path) == stamp):
-        common.save_weights(path, made := render_scenes(**what, device=device), stamp)
-    common.barrier()
-    return made or common.read_weights(path)[0]
+    """render_scenes(**what), kept in a file for as long as its code stays."""
+    stamp = what | {"world": common.source_hash(), "code": common.source_hash(__file__)}
+    return common.kept(path, rank, stamp, lambda: render_scenes(**what, device=device))
 
 
 class Pretraining(nn.Module):
@@ -680,23 +677,23 @@ def fit_readout(backbone, scenes, device, most=6000):
     x = torch.cat(tokens)                                                              # (N, L, D)
     x = torch.cat([x, torch.ones_like(x[..., :1])], -1)
     owner = owners(scenes["mask"], math.isqrt(x.shape[1]))                             # (N, L, 4)
-    small = 1e-3 * torch.eye(x.shape[2], dtype=torch.double, device=exact)
+    ridge = 1e-3 * torch.eye(x.shape[2], dtype=torch.double, device=exact)
     weight = torch.zeros(4, 3 + 2 * FUTURE, x.shape[2], device=exact)
     for j in range(4):
         n, l = (owner[..., j] > 0).nonzero().unbind(1)
         a, body = x[n, l].double(), scenes["body"][n, owner[n, l, j] - 1].double()
         want, w = torch.cat([body[:, :2], body[:, STATE:]], 1), 1
         for _ in range(4):
-            fit = torch.linalg.solve(a.T @ (w * a) + small, a.T @ (w * want))          # (D + 1, 2 + 2 FUTURE)
+            fit = torch.linalg.solve(a.T @ (w * a) + ridge, a.T @ (w * want))          # (D + 1, 2 + 2 FUTURE)
             off = (a @ fit - want)[:, 2:].unflatten(1, (FUTURE, 2)).norm(dim=2).mean(1, keepdim=True)
             w = 1 / (off + 0.02)
         a, there = x.flatten(0, 1).double(), (owner[..., j] > 0).flatten().double()
-        logit = torch.zeros(a.shape[1], dtype=a.dtype, device=a.device)
+        coef = torch.zeros(a.shape[1], dtype=a.dtype, device=a.device)
         for _ in range(12):
-            p = (a @ logit).sigmoid()
-            step = torch.linalg.solve((a.T * (p * (1 - p) + 1e-6)) @ a + small, a.T @ (there - p))
-            logit = logit + step
-        weight[j] = torch.cat([logit[None], fit.T]).float()
+            p = (a @ coef).sigmoid()
+            step = torch.linalg.solve((a.T * (p * (1 - p) + 1e-6)) @ a + ridge, a.T @ (there - p))
+            coef = coef + step
+        weight[j] = torch.cat([coef[None], fit.T]).float()
     readout = Readout(x.shape[2] - 1).to(device)
     readout.weight.copy_(weight.flatten(0, 1)[:, :-1])
     readout.bias.copy_(weight.flatten(0, 1)[:, -1])
@@ -716,7 +713,7 @@ def ssi_loss(pred, depth, weight):
         d = torch.where(valid, d - median, 0)
         return d / (d.abs().sum((1, 2), keepdim=True) / n).clamp(min=1e-6)
     error = standard(pred) - standard(torch.where(valid, 1 / depth, 0))                # 0 where no depth is known
-    error, n = error * weight, (valid * weight).sum((1, 2))
+    error, n = error * weight, (valid * weight).sum((1, 2)).clamp(min=1)
     loss = error.abs().sum((1, 2)) / n
     for step in (1, 2, 4):
         e, v = error[:, ::step, ::step], valid[:, ::step, ::step]
@@ -840,8 +837,7 @@ def main():
                        batch=(1, 10**5), lr=(0, 1), adam_lr=(0, 1), warmup=(0, 10**6), weight_decay=(0, 1), ema=(0, 1),
                        log_every=(1, 10**6), eval_every=(1, 10**6))
     common.check_names("scenarios", cfg.scenarios, simdata.SCENARIOS)
-    if cfg.model not in CONFIGS:
-        raise InputError(f"--model={cfg.model} is unknown; there are: {', '.join(CONFIGS)}")
+    common.check_choice(cfg, model=CONFIGS)
     config = load_phys_encoder(cfg.backbone, config={"out_dim": 1}).config if cfg.backbone else CONFIGS[cfg.model]
     photo, patches = config["input_size"], config["input_size"] // config["patch_size"]
     if cfg.size % (2 * patches):

@@ -163,13 +163,13 @@ def laws(track, flight):
     g (K,) px/frame^2, a quadratic fit to the flight; contact (K,) frames, the first in which the fall has
     lost half its speed; bounce (K,), the largest upward speed just after it over the largest downward before it."""
     T = track.shape[1]
-    t = torch.arange(T, dtype=torch.float64, device=track.device)
-    w = (flight & track.isfinite()).double()
-    y = torch.nan_to_num(track).double()
+    t = torch.arange(T, dtype=torch.float64)       # the fit is made on the CPU: MPS has no float64
+    w = (flight & track.isfinite()).cpu().double()
+    y = torch.nan_to_num(track).cpu().double()
     A = torch.stack([t * t / 2, t, torch.ones_like(t)], -1)                                         # (T, 3)
-    normal = torch.einsum("kt,ti,tj->kij", w, A, A) + 1e-9 * torch.eye(3, device=track.device)
+    normal = torch.einsum("kt,ti,tj->kij", w, A, A) + 1e-9 * torch.eye(3)
     g = torch.linalg.solve(normal, torch.einsum("kt,ti,kt->ki", w, A, y))[:, 0]
-    g = torch.where(w.sum(1) >= 4, g, torch.nan)                                     # fewer frames fit anything
+    g = torch.where(w.sum(1) >= 4, g, torch.nan).float().to(track.device)            # fewer frames fit anything
     v = track[:, 1:] - track[:, :-1]                                                                # (K, T-1)
     fast = torch.nan_to_num(v, nan=-torch.inf).cummax(1).values
     turned = (v < 0.5 * fast) & (fast > 1)
@@ -178,7 +178,7 @@ def laws(track, flight):
     down = torch.where(~after, torch.nan_to_num(v), 0.0).amax(1)
     soon = after & (torch.arange(T - 1, device=track.device) <= torch.nan_to_num(contact, nan=-9)[:, None] + 2)
     up = torch.where(soon, torch.nan_to_num(-v), 0.0).amax(1).clamp_min(0)
-    return g.float(), contact, torch.where(contact.isfinite() & (down > 1), up / down.clamp_min(1e-6), torch.nan)
+    return g, contact, torch.where(contact.isfinite() & (down > 1), up / down.clamp_min(1e-6), torch.nan)
 
 
 def found_laws(c, c_true, counts, flight, batch, fps):
@@ -257,16 +257,16 @@ def penetration(c, c_true, radius, counts):
 
 def tracks(video, batch):
     """Where bodies are and should be. -> found, true masks (B, T, N, H, W) bool, their centres (B, T, N, 2) in pixels,
-    and counts (B, T, N): the dropped bodies' frames that are judged.
+    and shown (B, T, N): the frames in which the truth shows a body.
 
     Frame 0 is given, and what is mostly hidden or out of view has no position that a picture could show."""
     N, mask = batch["alive"].shape[1], batch["mask"]
     alpha = parse(video, batch["video"][:, :, 0], mask[:, 0], N)                                    # (B, T, N, H, W)
     true = torch.stack([mask == k + 1 for k in range(N)], 2)                                        # (B, T, N, H, W)
     area = true.sum((-2, -1))
-    counts = (area >= 0.5 * area.amax(1, keepdim=True).clamp_min(8)) & batch["falls"][:, None]
-    counts[:, 0] = False
-    return alpha > 0.5, true, centroids(alpha), centroids(true), counts
+    shown = (area >= 0.5 * area.amax(1, keepdim=True).clamp_min(8)) & batch["alive"][:, None]
+    shown[:, 0] = False
+    return alpha > 0.5, true, centroids(alpha), centroids(true), shown
 
 
 def distance(c, c_true, diagonal):
@@ -280,7 +280,8 @@ def measure(video, batch, fps=16, detail=True):
     detail=False: only traj_l2 and iou_visible, for choosing among many samples."""
     B, _, _, H, W = video.shape
     N, mask, diagonal = batch["alive"].shape[1], batch["mask"], math.hypot(H, W)
-    found, true, c, c_true, counts = tracks(video, batch)
+    found, true, c, c_true, shown = tracks(video, batch)
+    counts = shown & batch["falls"][:, None]       # where a body's place is judged
     area, true_area = found.sum((-2, -1)), true.sum((-2, -1))                                       # (B, T, N)
     error = distance(c, c_true, diagonal) / diagonal
 
@@ -288,18 +289,15 @@ def measure(video, batch, fps=16, detail=True):
         n = where.flatten(1).sum(1)
         return torch.where(n > 0, torch.where(where, x, 0.0).flatten(1).sum(1) / n.clamp_min(1), torch.nan)
 
-    # of all bodies' pixels, where the truth shows them
-    seen = (true_area >= 0.5 * true_area.amax(1, keepdim=True).clamp_min(8)) & batch["alive"][:, None]
-    seen[:, 0] = False
     overlap = (found & true).sum((-2, -1)) / (found | true).sum((-2, -1)).clamp_min(1)              # (B, T, N)
-    out = dict(traj_l2=mean(error, counts), iou_visible=mean(overlap, seen))
+    out = dict(traj_l2=mean(error, counts), iou_visible=mean(overlap, shown))
     if not detail:
         return out
     when = {}                                      # clips of other origin may have masks, but no velocities
     if all(k in batch for k in ("velocity", "angular_velocity", "gravity")):
         when = dict(zip(("flight", "contact", "rest"), phases(batch, fps)))
     out |= {f"traj_l2_{name}": mean(error, counts & phase) for name, phase in when.items()}
-    # phyworld's velocity error, px/frame: from frame 3, fully in view; a missing body is put at the border
+    # phyworld's velocity error, px/frame: from frame 3, fully in view; a missing body is put into the upper left corner
     border = torch.where(c.isfinite(), c, 0.0)
     edge = torch.stack([true[..., 0].any(-1), true[..., -1].any(-1),
                         true[..., 0, :].any(-1), true[..., -1, :].any(-1)]).any(0)
@@ -348,7 +346,7 @@ def measure(video, batch, fps=16, detail=True):
     square, body = ((video - batch["video"]) / 2).square()[:, :, 1:], (mask[:, 1:] > 0)[:, None]
     psnr = lambda e: -10 * e.clamp_min(1e-10).log10()
     out["psnr"] = psnr(square.mean((1, 2, 3, 4)))
-    out["psnr_bodies"] = psnr((square * body).sum((1, 2, 3, 4)) / (3 * body.sum((1, 2, 3, 4))).clamp_min(1))
+    out["psnr_bodies"] = psnr((square * body).sum((1, 2, 3, 4)) / (3 * body.sum((1, 2, 3, 4))))
     gradient = lambda v: ((v[:, :, 1:, :, 1:] - v[:, :, 1:, :, :-1]).abs().mean((1, 2, 3, 4))
                           + (v[:, :, 1:, 1:] - v[:, :, 1:, :-1]).abs().mean((1, 2, 3, 4)))
     out["sharpness"] = gradient(video) / gradient(batch["video"])
@@ -359,17 +357,34 @@ def measure(video, batch, fps=16, detail=True):
 # rows, intervals, the table
 
 MEDIANS = {"g_ratio"}                              # a ratio of fits has heavy tails
+# Student's t, 97.5 %, by training seeds less one; of more than eight the interval is a little too wide
+T95 = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}
 
 
-def interval(values, statistic=None, draws=1000):
-    """(n,) values, NaN left out -> dict(mean, low, high, n): the statistic and 95 % bootstrap interval over clips."""
-    values = values[values.isfinite()]
-    if not len(values):
-        return dict(mean=None, low=None, high=None, n=0)
-    statistic = statistic or (lambda x: x.mean(-1))
-    index = torch.randint(len(values), (draws, len(values)), generator=common.generator("bootstrap", len(values)))
-    low, high = statistic(values[index]).quantile(torch.tensor([0.025, 0.975]))
-    return dict(mean=statistic(values[None])[0].item(), low=low.item(), high=high.item(), n=len(values))
+def over_seeds(values, median=False, per=None, draws=1000):
+    """(S, n) values of S training seeds on the same n clips, NaN where there are none -> dict(mean, low, high, n,
+    seeds): mean (or median, or mean over that of `per`) of all, and its 95 % interval over clips and seeds.
+
+    What clips add is normal, what so few seeds add is Student's t: the bootstrap's intervals over three seeds hold the
+    mean in 75 of 100 cases. Medians have a bootstrap interval over both; of one seed clips alone count."""
+    (S, n), ok = values.shape, values.isfinite()
+    values = values.masked_fill(~ok, torch.nan)
+    if not ok.any():
+        return dict(mean=None, low=None, high=None, n=0, seeds=S)
+    if median:
+        g = common.generator("bootstrap", S, n)
+        seed, clip = torch.randint(S, (draws, S), generator=g), torch.randint(n, (draws, n), generator=g)
+        mean, again = values.nanmedian(), values[seed[:, :, None], clip[:, None]].flatten(1).nanmedian(1).values
+        low, high = again.nanquantile(torch.tensor([0.025, 0.975]))
+    else:
+        whole = ok.float() if per is None else per.masked_fill(~ok, 0)
+        mean = values.nansum() / whole.sum()
+        off = (values.nan_to_num() - mean * whole) / whole.mean()                    # what each adds to its error
+        half = 1.96 * off.mean(0).std(correction=0) / n**0.5
+        if S > 1:
+            half = torch.hypot(half, T95[min(S - 1, 7)] * off.mean(1).std() / S**0.5)
+        low, high = mean - half, mean + half
+    return dict(mean=mean.item(), low=low.item(), high=high.item(), n=int(ok.any(0).sum()), seeds=S)
 
 
 def val_clips(scenario, count, form, films):
@@ -419,9 +434,8 @@ def outcome(models, scenes, device, **how):
 
 
 def summary(per_clip):
-    """{metric: (n,)} -> {metric: {mean, low, high, n}}; `mean` is the median for the metrics in MEDIANS."""
-    median = lambda x: x.median(-1).values
-    return {k: interval(v.float().cpu(), median if k in MEDIANS else None) for k, v in per_clip.items()}
+    """{metric: (n,)} -> {metric: {mean, low, high, n, seeds}}; `mean` is the median for the metrics in MEDIANS."""
+    return {k: over_seeds(v.float().cpu()[None], k in MEDIANS) for k, v in per_clip.items()}
 
 
 def reference_rows(batch, again, vae, device):
@@ -480,8 +494,7 @@ def evaluate(models, split, n, seed=0, unseen=False, scenario="drop", best_of=1,
     parts, first = {}, next(iter(models.values()))                                   # {first scene: {row: metrics}}
     vae, device = first.vae, next(first.vae.parameters()).device
     form, how = dict(size=size, frames=frames, fps=fps), dict(cfg=cfg, solver=solver, temperature=temperature)
-    height, width = simdata.sides(size)
-    foretells = first.encoder is not None and first.encoder.readout is not None and height == width
+    foretells = first.encoder is not None and first.encoder.readout is not None
     rank = common.rank()
     starts = range(0, n, chunk)[rank::common.ranks()]
     if clips:
@@ -526,17 +539,19 @@ LAWS = ("pisa_l2", "pisa_chamfer", "pisa_iou", "velocity_error_before_contact", 
         "iou_visible", "area_kept", "vanish", "duplicate", "freeze", "sharpness")
 
 
+def cell(metrics, name, digits=4):
+    """{metric: {mean, low, high, n}} -> "mean ± half its interval", or - where the clips' truth does not allow it."""
+    m = metrics.get(name, dict(n=0))
+    return f"{m['mean']:.{digits}f} ± {(m['high'] - m['low']) / 2:.{digits}f}" if m["n"] else "-"
+
+
 def table(result, columns=COLUMNS):
     """{row: {split: {metric: {...}}}} -> a markdown table, a line per row and split, with the intervals' half-width."""
     lines = ["| row | scenes | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 2)]
     for row, splits in result.items():
         for split, metrics in splits.items():
-            cells = []
-            for c in columns:
-                m = metrics.get(c, dict(n=0))      # what the truth of other people's clips does not allow
-                digits = 1 if c == "psnr" else 4 if c.startswith(("traj", "pisa_l2")) else 3
-                half = (m["high"] - m["low"]) / 2 if m["n"] else 0
-                cells.append(f"{m['mean']:.{digits}f} ± {half:.{digits}f}" if m["n"] else "-")
+            cells = [cell(metrics, c, 1 if c == "psnr" else 4 if c.startswith(("traj", "pisa_l2")) else 3)
+                     for c in columns]
             lines.append(f"| {row} | {split} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -546,8 +561,7 @@ def by_scenario(result, names, metric="traj_l2"):
     lines = ["| row | scenes | " + " | ".join(names) + " |", "|" + "---|" * (len(names) + 2)]
     for row, splits in result.items():
         for split in ("seen", "unseen"):
-            each = [splits.get(f"{name}, {split}", {}).get(metric, dict(n=0)) for name in names]
-            cells = [f"{m['mean']:.4f} ± {(m['high'] - m['low']) / 2:.4f}" if m["n"] else "-" for m in each]
+            cells = [cell(splits.get(f"{name}, {split}", {}), metric) for name in names]
             lines.append(f"| {row} | {split} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -600,36 +614,6 @@ CONTROLS = {"4 SFT DiT, DPO DiT": "SFT DiT goes on with truth",
             "encoder: the paper's, Stage II, four times": "encoder: the paper's, goes on with truth, four times",
             "encoder: the paper's, after that Stage II": "encoder: the paper's, after that truth again"}
 ENDS = {1: "dit", 2: "lora2", 3: "head3", "head": "head3"}                           # a row's last file
-
-
-# Student's t, 97.5 %, by training seeds less one
-T95 = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}
-
-
-def over_seeds(values, median=False, per=None, draws=1000):
-    """(S, n) values of S training seeds on the same n clips, NaN where there are none -> dict(mean, low, high, n,
-    seeds): mean (or median, or mean over that of `per`) of all, and its 95 % interval over clips and seeds.
-
-    What clips add is normal, what so few seeds add is Student's t: the bootstrap's intervals over three seeds hold the
-    mean in 75 of 100 cases. Medians have a bootstrap interval over both; of one seed clips alone count."""
-    (S, n), ok = values.shape, values.isfinite()
-    values = values.masked_fill(~ok, torch.nan)
-    if not ok.any():
-        return dict(mean=None, low=None, high=None, n=0, seeds=S)
-    if median:
-        g = common.generator("bootstrap", S, n)
-        seed, clip = torch.randint(S, (draws, S), generator=g), torch.randint(n, (draws, n), generator=g)
-        mean, again = values.nanmedian(), values[seed[:, :, None], clip[:, None]].flatten(1).nanmedian(1).values
-        low, high = again.nanquantile(torch.tensor([0.025, 0.975]))
-    else:
-        whole = ok.float() if per is None else per.masked_fill(~ok, 0)
-        mean = values.nansum() / whole.sum()
-        off = (values.nan_to_num() - mean * whole) / whole.mean()                    # what each adds to its error
-        half = 1.96 * off.mean(0).std(correction=0) / n**0.5
-        if S > 1:
-            half = torch.hypot(half, T95.get(S - 1, 1.96) * off.mean(1).std() / S**0.5)
-        low, high = mean - half, mean + half
-    return dict(mean=mean.item(), low=low.item(), high=high.item(), n=int(ok.any(0).sum()), seeds=S)
 
 
 def table_one(cfg, places, options, device, rank):
@@ -744,9 +728,7 @@ def table_one(cfg, places, options, device, rank):
 def brief(result):
     """What table_one returns -> a short markdown table: a line a row, beside it the differences to its parent and to
     its control."""
-    def cell(row, split, metric, digits=4):
-        m = result.get(row, {}).get(split, {}).get(metric, dict(n=0))
-        return f"{m['mean']:.{digits}f} ± {(m['high'] - m['low']) / 2:.{digits}f}" if m["n"] else "-"
+    at = lambda row, split, metric, digits=4: cell(result.get(row, {}).get(split, {}), metric, digits)
     lines = ["| row | seeds | traj_l2 seen | unseen | average | to its parent, seen | unseen | to truth at equal cost, "
              "seen | unseen | PISA L2/CD/IoU, average | vanish | PSNR | of the gap to best of 4, average |",
              "|" + "---|" * 13]
@@ -754,13 +736,13 @@ def brief(result):
         if row.endswith((", paired", ", of the gap")):
             continue
         to = [f"{row} - {other}, paired" for other in (ROWS.get(row, [None] * 3)[2], CONTROLS.get(row))]
-        pisa = "/".join(cell(row, "average", f"pisa_{k}", d).split(" ±")[0] for k, d in
+        pisa = "/".join(at(row, "average", f"pisa_{k}", d).split(" ±")[0] for k, d in
                         (("l2", 4), ("chamfer", 3), ("iou", 3)))
         lines.append("| " + " | ".join([row, str(splits["seen"]["traj_l2"]["seeds"]),
-                                        *(cell(row, s, "traj_l2") for s in ("seen", "unseen", "average")),
-                                        *(cell(pair, s, "traj_l2") for pair in to for s in ("seen", "unseen")), pisa,
-                                        cell(row, "average", "vanish", 3), cell(row, "average", "psnr", 1),
-                                        cell(f"{row}, of the gap", "average", "traj_l2", 2)]) + " |")
+                                        *(at(row, s, "traj_l2") for s in ("seen", "unseen", "average")),
+                                        *(at(pair, s, "traj_l2") for pair in to for s in ("seen", "unseen")), pisa,
+                                        at(row, "average", "vanish", 3), at(row, "average", "psnr", 1),
+                                        at(f"{row}, of the gap", "average", "traj_l2", 2)]) + " |")
     return "\n".join(lines)
 
 
@@ -796,7 +778,7 @@ class Config:
     device: str = "auto"            # auto, cuda, mps or cpu
 
 
-PRESETS = {"nano": {}, "small": dict(data="out/small", height=128, width=128, frames=33, cfg=1.0, temperature=1.0)}
+PRESETS = {"nano": {}, "small": dict(data="out/small", height=128, width=128, frames=33, temperature=1.0)}
 PRESETS |= {name: dict(data=f"out/{name}", height=512, width=512, frames=49, fps=fps, steps=50, cfg=5.0,
                        shift=shift, solver="unipc", temperature=1.0, chunk=1)
             for name, fps, shift in (("wan5b", 24, 5.0), ("wan1.3b", 16, 8.0))}

@@ -338,7 +338,7 @@ def published_config(c):
 def add_phys(model):
     """Give a model the learned embedding that marks physical tokens, after published weights were loaded; -> model.
 
-    Not zero: a zero-initialised physical head sends zero tokens, and there LayerNorm's gradient is 1 / sqrt(EPS)."""
+    Small and random, so that they differ from the first frame's tokens from the start."""
     init = 0.02 * torch.randn(model.config["dim"], generator=common.generator("phys_type"), device="cpu")
     model.phys_type = nn.Parameter(init.to(model.patch_embedding.weight.device))                    # (D,)
     model.config["phys"] = True
@@ -400,8 +400,8 @@ class UniPC:
     times: [t_0 = 1, ..., t_n = 0]."""
     def __init__(self, times):
         self.times = [min(t, 1 - 1e-6) for t in times]                               # lambda(1) is -infinity
-        self.line = [math.log((1 - t) / t) if t else math.inf for t in self.times]
-        self.x0, self.last = [], None              # all estimates; where the last step began
+        self.lambdas = [math.log((1 - t) / t) if t else math.inf for t in self.times]
+        self.x0, self.last = [], None              # the estimates, of which three count; where the last step began
 
     def step(self, i, x, v):
         """x at times[i] and the velocity there -> x at times[i + 1]."""
@@ -409,15 +409,17 @@ class UniPC:
         if i:
             x = self.move(i - 1, self.last, self.x0[i])
         self.last = x
+        if i > 1:
+            self.x0[i - 2] = None                  # of a long clip each takes megabytes
         return self.move(i, x, None)
 
     def move(self, i, x, ahead):
         """From times[i] to times[i + 1]; ahead: the estimate of x0 made there, if there is one already."""
-        now, h = self.x0[i], self.line[i + 1] - self.line[i]
+        now, h = self.x0[i], self.lambdas[i + 1] - self.lambdas[i]
         b_h, change = math.expm1(-h), 0.0
         # the first and the last step are of first order: no line before, none worth drawing to infinity
         behind = self.x0[i - 1] - now if 0 < i < len(self.times) - 2 else None
-        r = (self.line[i - 1] - self.line[i]) / h if behind is not None else None
+        r = (self.lambdas[i - 1] - self.lambdas[i]) / h if behind is not None else None
         if behind is not None and ahead is not None:
             # both weights such that lines and parabolas come out exactly
             b1 = (b_h / -h - 1) / b_h
@@ -449,7 +451,7 @@ def sample(model, image, text, phys, noise, steps=20, shift=3.0, cfg=1.0, text_n
                          "steps >= 1, shift > 0")
     if cfg != 1 and text_null is None:
         raise InputError(f"cfg={cfg} needs text_null, the tokens of the negative (or empty) prompt")
-    end = 1e-3 if solver == "unipc" else 0         # Wan's grid leaves its last and largest step for the end
+    end = 1e-3 if solver == "unipc" else 0         # Wan's grid in diffusers; its last time becomes 0 below
     times = shift_time(torch.linspace(1, end, steps + 1, dtype=torch.float64), shift).tolist()
     x, solve = noise, SOLVERS[solver]([*times[:-1], 0.0])
 
@@ -492,13 +494,14 @@ class LoRALinear(nn.Linear):
         return F.linear(x, weight, self.bias)
 
 
-def add_lora(model, rank, alpha, seed=0, targets=("q", "k", "v", "o", "ffn.0", "ffn.2")):
-    """Turn the target Linears of all blocks into LoRALinears, in place; -> model. The output does not change by a bit.
+def add_lora(model, rank, alpha, seed=0):
+    """Turn the Linears of attention and MLP in all blocks into LoRALinears, in place; -> model. The output does not
+    change by a bit.
 
     A is random from (seed, layer name), B is zero; both fp32. Everything else is frozen, A and B are trainable."""
     model.requires_grad_(False)
     for name, linear in model.blocks.named_modules():
-        if isinstance(linear, nn.Linear) and name.endswith(tuple(f".{target}" for target in targets)):
+        if isinstance(linear, nn.Linear) and name.endswith((".q", ".k", ".v", ".o", ".ffn.0", ".ffn.2")):
             if isinstance(linear, LoRALinear):
                 raise InputError(f"blocks.{name} has a LoRA already; merge_lora(model) first")
             device, random = linear.weight.device, common.generator("lora", seed, name)
@@ -515,7 +518,7 @@ def lora_state(model):
 
 
 def load_lora(model, tensors):
-    """Copy a lora_state into a model that went through add_lora with the same rank and targets. Raises InputError."""
+    """Copy a lora_state into a model that went through add_lora with the same rank. Raises InputError."""
     own = lora_state(model)
     shapes, given = ({k: v.shape for k, v in state.items()} for state in (own, tensors))
     wrong = [k for k in own.keys() | tensors.keys() if shapes.get(k) != given.get(k)]

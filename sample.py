@@ -256,11 +256,14 @@ def generate(models, image, captions, keys, frames=25, steps=12, shift=3.0, cfg=
     cfg guides by the text, as in model.sample. The noise of a clip depends on its key alone, not on the batch, the rank
     or the device; its scale is the temperature: 1 samples what the model was trained on, less leans towards the
     likeliest future, and seeds differ less."""
+    if frames % 4 != 1:
+        raise InputError(f"frames={frames}: expected 1 + 4k")
     device = image.device
     with common.autocast(device):
         first = models.vae.encode(image[:, :, None])                                                # (B, C, 1, h, w)
-        look, phys = image if photo is None else photo, None
+        phys = None
         if models.encoder is not None:
+            look = image if photo is None else photo
             phys = models.encoder(look, models.encoder.head.grid(first), (frames - 1) // 4, true)
         text = (captions if torch.is_tensor(captions) else models.read(captions)).to(device)
         x0 = generate_latent(models, first, text, phys, keys, frames, steps, shift, cfg, solver, progress,
@@ -301,9 +304,9 @@ class Config:
 
 
 PRESETS = {"nano": {},
-           "small": dict(data="out/small", height=128, width=128, frames=33, cfg=1.0, temperature=1.0, scale=3),
+           "small": dict(data="out/small", height=128, width=128, frames=33, temperature=1.0, scale=3),
            "wan5b": dict(model="wan5b", height=704, width=1280, frames=121, fps=24, steps=50, cfg=5.0, shift=5.0,
-                         solver="unipc", temperature=1.0, stage=1, chunk=2, scale=1)}
+                         solver="unipc", temperature=1.0, chunk=2, scale=1)}
 # made for text alone: it follows an image once sft.py has tuned it, --data=out/wan1.3b
 PRESETS["wan1.3b"] = PRESETS["wan5b"] | dict(model="wan1.3b", height=480, width=832, frames=81, fps=16, shift=8.0)
 

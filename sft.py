@@ -61,7 +61,7 @@ class Config:
     steps: int = 3200               # optimizer steps; 0 only makes the pool
     batch: int = 32                 # clips a step, over all ranks
     accumulate: int = 1             # micro-batches a step and rank, for less memory
-    lr: float = 6e-3                # peak learning rate of Muon: the matrices inside the blocks
+    lr: float = 6e-3                # peak learning rate of Muon: the matrices inside the blocks (no LoRA, no FSDP)
     adam_lr: float = 3e-3           # peak learning rate of AdamW: what enters, leaves, shifts and scales
     warmup: int = 200               # steps
     weight_decay: float = 0.02      # on matrices
@@ -127,7 +127,7 @@ def simulate(scenario, count, start, form, device):
     return prepare(batch, form["size"], form["photo"])
 
 
-def shards_of(cfg, total, device):
+def shard_plan(cfg, total, device):
     """The parts in which a pool is made, see common.shard_plan."""
     if cfg.folder:                                 # what is read and not simulated gains nothing from large parts
         return common.shard_plan([cfg.folder], cfg.pool, total, sample.at_once(cfg, SHARD, torch.device("cpu")))
@@ -141,7 +141,7 @@ def captions(cfg):
     if cfg.folder:
         said = simdata.Clips(cfg.folder, common.clip_size(cfg), cfg.frames, cfg.fps, cfg.skip_broken).captions
         return held_out + M.tokens_to_strings(M.bytes_to_tokens(said, M.LONG))       # as the pool keeps them
-    return held_out + [c for kind in ("cpu", "cuda") for part in shards_of(cfg, cfg.clips, torch.device(kind))
+    return held_out + [c for kind in ("cpu", "cuda") for part in shard_plan(cfg, cfg.clips, torch.device(kind))
                        for c in simdata.captions(simdata.make_scene(part["scenario"], part["count"], SEED, "train",
                                                                     start=part["start"])[0])]
 
@@ -164,7 +164,7 @@ def check_pool(cfg, vae, form):
     stamp = dict(vae=common.fingerprint(vae.encoder, vae.conv1), statistics=[vae.config[k] for k in (
         "latent_mean", "latent_std")], paths=True) | form
     device = next(vae.parameters()).device
-    for s, part in enumerate(shards_of(cfg, len(folder) if cfg.folder else cfg.clips, device)):
+    for s, part in enumerate(shard_plan(cfg, len(folder) if cfg.folder else cfg.clips, device)):
         source = dict(seed=SEED, physics=cfg.physics)
         if cfg.folder:
             part["scenario"] = os.path.abspath(cfg.folder)
@@ -372,7 +372,7 @@ def main():
 
     visible = visibility(vae, pool["latent"][common.evenly(len(pool["latent"]), 16), :, :2].to(device))
     raw = StageOne(dit, encoder, visible, cfg.moving)
-    shards = shard(raw, device, world) if cfg.fsdp else []
+    fsdp_modules = shard(raw, device, world) if cfg.fsdp else []
     raw.to(device)
     if cfg.graphs:
         raw.run = common.Graphed(dit)
@@ -388,6 +388,7 @@ def main():
     optimizers = {adam: cfg.adam_lr}               # with their peak learning rates
     if inner:
         optimizers = {common.Muon([trained[k] for k in sorted(inner)], cfg.lr, cfg.weight_decay): cfg.lr} | optimizers
+    peak_lr = next(iter(optimizers.values()))      # Muon's where there is one; this one is logged
     parts = {"model": trained, "ema": ema.shadow}
     first = common.load_state(state, parts, *optimizers) if cfg.resume else 0
     if rank == 0:
@@ -401,7 +402,7 @@ def main():
         with ema.applied(raw):
             scores, shown = judge.outcome(models, held_out.result(), device, steps=cfg.sampler_steps,
                                           shift=cfg.sampler_shift, solver=cfg.solver, temperature=cfg.temperature)
-            for part in shards:                    # without a backward pass they would stay whole, with these weights
+            for part in fsdp_modules:              # without a backward pass they would stay whole, with these weights
                 part.reshard()
         raw.train()
         shown = sum(common.gather([v[::2] for v in shown]), [])                      # the scenarios are on all ranks
@@ -427,7 +428,7 @@ def main():
         for i in range(cfg.accumulate):
             mine = slice((rank * cfg.accumulate + i) * micro, (rank * cfg.accumulate + i + 1) * micro)
             last = i == cfg.accumulate - 1         # before the forward: DDP decides there whether to reduce
-            for part in shards:
+            for part in fsdp_modules:
                 part.set_requires_gradient_sync(last)
             if model is not raw:
                 model.require_backward_grad_sync = last
@@ -452,7 +453,7 @@ def main():
             total = common.average(bins, device).cpu()
             mean = (total[0].sum() / total[1].sum()).item()
             if rank == 0:
-                common.log_line(log, {"step": step, "loss": mean, "grad_norm": norm.item(), "lr": cfg.lr * scale,
+                common.log_line(log, {"step": step, "loss": mean, "grad_norm": norm.item(), "lr": peak_lr * scale,
                                       "seconds": round(time.time() - began, 1),
                                       **{f"loss_t{i}/4": (s / n).item() if n else None
                                          for i, (s, n) in enumerate(total.T, 1)}})

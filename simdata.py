@@ -1421,6 +1421,8 @@ class Clips:
             raise common.InputError(self.broken[-1])
 
     def _names(self, line):
+        if "clip" not in line:
+            raise ValueError('its line in clips.jsonl has no "clip", the name of its files')
         if not os.path.exists(path := f"{self.folder}/{line['clip']}.npz"):
             return set()
         with np.load(path, allow_pickle=False) as file:
@@ -1433,7 +1435,7 @@ class Clips:
         fps, clip = line.get("fps") or common.frame_rate(video), {}
         if video.lower().endswith((".gif", ".webp")) and abs(1 / fps - 1 / self.fps) <= 0.005:
             fps = self.fps                         # their frames last whole hundredths or thousandths of a second
-        at = (np.arange(T) * fps / self.fps).round().astype(int)
+        at = (np.arange(T) * fps / self.fps + 0.5).astype(int)      # halves rounded to even would judder
         raw = common.read_video(video, T + 1 if self.truth else int(at[-1]) + 1)
         if self.truth:
             with np.load(f"{path}.npz", allow_pickle=False) as file:
@@ -1510,8 +1512,7 @@ def main():
     cfg = common.parse_config(Config, sys.argv[1:])
     common.check_range(cfg, n=(1, 10**8 if cfg.export else 256), height=(16, 2048), width=(16, 2048),
                        frames=(1, 1000), fps=(1, 240))
-    if cfg.split not in SPLITS:
-        raise common.InputError(f"--split={cfg.split}: expected one of {', '.join(SPLITS)}")
+    common.check_choice(cfg, split=SPLITS)
     names = common.check_names("scenarios", cfg.scenarios, SCENARIOS)
     size = common.clip_size(cfg)
     if cfg.export:

@@ -802,9 +802,12 @@ def test_vae_is_causal(name):
 def test_vae_streams(name):
     """Chunk by chunk is the same as all at once, and no layer ever holds more frames for a longer clip."""
     vae = randomise(V.VideoVAE(V.CONFIGS[name] | dict(dim=8, decoder_dim=8))).requires_grad_(False)
-    seen = []
+    seen, held = [], []
     for conv in (m for m in vae.modules() if isinstance(m, V.CausalConv3d)):
         conv.register_forward_hook(lambda module, args, out: seen.append(args[0].shape[2]))
+    for part in (m for m in vae.modules() if hasattr(m, "past")):                    # none holds on to a whole chunk
+        part.register_forward_hook(lambda module, args, out: held.extend(
+            x.untyped_storage().nbytes() > x.nbytes for x in module.past or () if torch.is_tensor(x)))
     longest = {}
     for frames in (13, 25):
         video = torch.rand(1, 3, frames, 2 * vae.stride, 2 * vae.stride) * 2 - 1
@@ -817,6 +820,7 @@ def test_vae_streams(name):
             longest.setdefault(chunk, []).append(max(seen))
         assert torch.equal(vae.decode(z), whole)                                     # nothing is remembered
     assert longest[1][0] == longest[1][1] < 13 and longest[2][0] == longest[2][1]
+    assert held and not any(held)
 
 
 def test_vae_sees_bodies_first_and_whole_clips_last(clips):
@@ -918,6 +922,13 @@ def test_dinov2_positions_at_any_size(h, w):
         grid = net.pos_embed[0, 1:].double().unflatten(0, (37, 37))
         want = torch.einsum("ia,jb,abd->ijd", weights(h), weights(w), grid).flatten(0, 1)
     assert (seen[0][0, 1:] - want).abs().max() <= 1e-5 and torch.equal(seen[0][:, 0], net.pos_embed[:, 0])
+
+
+def test_depth_loss_knows_no_scale_and_no_shift():
+    depth, weight = torch.rand(2, 16, 16, generator=common.generator("depth")) + 1, torch.ones(2, 16, 16)
+    assert E.ssi_loss(3 / depth + 2, depth, weight).max() < 1e-4 < 0.1 < E.ssi_loss(depth, depth, weight).min()
+    depth[1] = torch.inf                           # a picture of the sky
+    assert E.ssi_loss(1 / depth, depth, weight).tolist() == pytest.approx([0, 0], abs=1e-4)
 
 
 def test_depth_anything_parity(tmp_path):
@@ -2151,7 +2162,7 @@ def test_judge_tells_right_from_wrong(clips):
 
 def test_interval_covers():
     values = torch.randn(400, generator=common.generator("values")) + 3
-    out = judge.interval(torch.cat([values, torch.tensor([math.nan])]))
+    out = judge.summary({"psnr": torch.cat([values, torch.tensor([math.nan])])})["psnr"]
     assert out["n"] == 400 and out["low"] < out["mean"] < out["high"]
     assert abs(out["high"] - out["low"] - 4 * values.std() / 20) < 0.05
 
@@ -2842,7 +2853,7 @@ def test_all_stages_of_a_dit_with_a_text_encoder(tmp_path, monkeypatch):
     small = ["--height=64", "--width=64", "--frames=25", "--clips=1040", "--scenarios=drop,roll"]
     cfg = common.parse_config(sft.Config, ["--preset=wan5b", *small], sft.PRESETS)
     said = set(sft.captions(cfg))
-    parts = {kind: sft.shards_of(cfg, 1040, torch.device(kind)) for kind in ("cpu", "cuda")}
+    parts = {kind: sft.shard_plan(cfg, 1040, torch.device(kind)) for kind in ("cpu", "cuda")}
     assert len(parts["cpu"]) == 3 and parts["cuda"] == [
         dict(scenario="drop", count=520, start=0), dict(scenario="roll", count=520, start=520)]
     of = lambda part, seed: {*simdata.captions(simdata.make_scene(
@@ -2862,7 +2873,7 @@ def test_all_stages_of_a_dit_with_a_text_encoder(tmp_path, monkeypatch):
         dict(scenario=name, count=1, start=5 + i) for i, name in enumerate(("drop", "roll", "drop"))]
     for more in ("--folder=clips", "--clips=9"):
         cfg = common.parse_config(sft.Config, ["--preset=wan5b", more], sft.PRESETS)
-        shards = [sft.shards_of(cfg, 9, torch.device(kind)) for kind in ("cuda", "cpu")]
+        shards = [sft.shard_plan(cfg, 9, torch.device(kind)) for kind in ("cuda", "cpu")]
         assert shards[0] == shards[1] and all(part["count"] <= 4 for part in shards[0])
     filmed, render = [], simdata.render
     monkeypatch.setattr(simdata, "render", lambda scene, *x: filmed.append(len(scene["eye"])) or render(scene, *x))
@@ -3230,8 +3241,12 @@ def test_clips_on_disk(tmp_path, monkeypatch, films):
     assert simdata.Clips(str(other)).read(0, 1)["video"].shape == (1, 3, 25, 64, 64)
     long = np.arange(49, dtype=np.uint8)[:, None, None, None].repeat(16, 1).repeat(16, 2).repeat(3, 3)
     common.write_video(str(other / "long.gif"), long, 16)                            # 16.67 a second, it says
-    common.write_video(str(other / "slow.mp4"), np.zeros((12, 16, 16, 3), np.uint8), 8)
+    steps = (20 * np.arange(12, dtype=np.uint8))[:, None, None, None].repeat(16, 1).repeat(16, 2).repeat(3, 3)
+    common.write_video(str(other / "slow.mp4"), steps, 8, lossless=True)
     (other / "clips.jsonl").write_text('{"clip": "long"}\n{"clip": "slow"}\n')
+    shown = simdata.Clips(str(other), 16, 17).read(1, 1)["video"][0, 0, :, 8, 8]
+    # two of each, and no judder, which would be an acceleration that nobody filmed
+    assert ((shown + 1) / 2 * 255 / 20).round().tolist() == [(i + 1) // 2 for i in range(17)]
     assert simdata.Clips(str(other), frames=49).read(0, 1)["video"].shape == (1, 3, 49, 64, 64)
     with pytest.raises(InputError, match="12 frames at 8.* fps; expected 25 at 16"):
         simdata.Clips(str(other)).read(1, 1)
@@ -3239,6 +3254,9 @@ def test_clips_on_disk(tmp_path, monkeypatch, films):
     assert common.read_video(str(other / "b.mp4"), 2).shape == (2, 33, 35, 3)
     (other / "clips.jsonl").write_bytes('{"clip": "a", "caption": "é"}'.encode("latin-1"))
     with pytest.raises(InputError, match="no text in UTF-8"):
+        simdata.Clips(str(other))
+    (other / "clips.jsonl").write_text('{"caption": "a ball falls"}\n')
+    with pytest.raises(InputError, match='has no "clip"'):
         simdata.Clips(str(other))
     for i in range(2):
         (own / f"{i}.npz").write_bytes(b"PK damaged")
@@ -3255,7 +3273,8 @@ def test_clips_on_disk(tmp_path, monkeypatch, films):
     np.savez(own / "0.npz", mask=np.zeros((25, 64, 64), np.uint8))                   # nobody in view: nothing to judge
     np.savez(own / "1.npz", mask=np.zeros((25, 64, 64), np.uint8))
     empty = simdata.Clips(str(own)).read(0, 2)
-    assert judge.measure(empty["video"], empty)["traj_l2"].isnan().all()
+    nothing = judge.measure(empty["video"], empty)
+    assert nothing["traj_l2"].isnan().all() and nothing["psnr_bodies"].isnan().all()
     for place, says in ((film, "mask"), ("none", "no folder of clips")):
         monkeypatch.setattr(sys, "argv", ["eval.py", f"--data={HERE}/data", f"--clips={place}", "--skip_broken=True"])
         with pytest.raises(InputError, match=says):
@@ -3274,7 +3293,7 @@ def test_simdata_and_eval_commands(tmp_path):
     result = json.load(open(tmp_path / "eval.json"))
     assert {"truth re-parsed", "VAE round trip", "jittered truth", "static", "teleport to the floor",
             "Stage I"} <= result.keys()
-    assert result["Stage I"]["seen"]["traj_l2"].keys() == {"mean", "low", "high", "n"}
+    assert result["Stage I"]["seen"]["traj_l2"].keys() == {"mean", "low", "high", "n", "seeds"}
     assert (result["Stage I, oracle best of 2"]["seen"]["traj_l2"]["mean"]
             <= result["Stage I"]["seen"]["traj_l2"]["mean"])
     each = result["Stage I"]                       # the scenarios share the scenes, and each is shown apart, too
@@ -3562,6 +3581,8 @@ def test_sample_command(tmp_path):
     for name in sample.PRESETS.keys() & dpo.PRESETS.keys():
         cold = [common.parse_config(m.Config, [f"--preset={name}"], m.PRESETS).temperature for m in (sample, dpo)]
         assert cold[0] == cold[1], name
+    assert all(common.parse_config(sample.Config, [f"--preset={name}"], sample.PRESETS).stage == 0
+               for name in sample.PRESETS)         # all that a run's folder holds
     with pytest.raises(InputError):
         sample.load_models(f"{HERE}/data", 3, ckpt=f"{HERE}/data/dit.safetensors")
     done = run("sample.py", f"{HERE}/data/drop.png", f"--data={HERE}/data", "--n=3", "--steps=2", "--scale=1",
@@ -3588,6 +3609,8 @@ def test_large_clips_are_decoded_in_parts(monkeypatch):
         video = sample.generate(models, torch.zeros(1, 3, size, size), ["a"], [0], 13, steps=1, chunk=chunk)
         assert video.shape == (1, 3, 13, size, size)
     assert seen == [0, 2, 0]
+    with pytest.raises(InputError, match="frames=24: expected 1 [+] 4k"):
+        sample.generate(models, torch.zeros(1, 3, 64, 64), ["a"], [0], 24)
 
 
 @slow

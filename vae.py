@@ -62,7 +62,8 @@ CONFIGS = {
 # the parts
 
 # `past` is None for whole clips. While a clip is streamed (VideoVAE.stream), it is a list of what a module must know of
-# the chunks before: empty at the start, then one tensor, the last frames it saw.
+# the chunks before: empty at the start, then the last frames it saw, or only that there were some. Frames are copied: a
+# view of them would keep all of their chunk in memory.
 
 class CausalConv3d(nn.Conv3d):
     """A convolution that sees the present and the past: zero frames in front, "same" padding in space."""
@@ -76,7 +77,7 @@ class CausalConv3d(nn.Conv3d):
         if self.history:
             seen = torch.cat([*self.past, x], 2) if self.past else x
             if self.past is not None:
-                self.past = [seen[:, :, -self.history:]]
+                self.past = [seen[:, :, -self.history:].clone()]
             x = F.pad(seen, (0, 0, 0, 0, self.history + x.shape[2] - seen.shape[2], 0))
         return super().forward(x)
 
@@ -140,7 +141,7 @@ class Resample(nn.Module):
     def forward(self, x):                                                              # (B, C, 1+t, H, W)
         begins = not self.past                     # this is no later chunk of a stream, so it starts with frame 0
         if self.past is not None and self.up:
-            self.past = [x[:, :, -1:]]
+            self.past = [True]
         if self.temporal and self.up and x.shape[2] > begins:
             # Each frame after the first becomes two, and never looks back at frame 0: the published weights were
             # trained with a chunk cache that starts empty after the first frame.
@@ -151,7 +152,7 @@ class Resample(nn.Module):
         if self.temporal and not self.up:
             seen = torch.cat([*self.past, x], 2) if self.past else x
             if self.past is not None:
-                self.past = [x[:, :, -1:]]
+                self.past = [x[:, :, -1:].clone()]
             if seen.shape[2] > 1:
                 x = torch.cat([x[:, :, :int(begins)], self.time_conv(seen)], dim=2)    # windows 0-2, 2-4, ...
         return x
@@ -191,7 +192,7 @@ class UpStage(nn.Module):
         s = s.flatten(6, 7).flatten(4, 5).flatten(2, 3)                                # (B, d_out, T*ft, H*fs, W*fs)
         begins = not self.past
         if self.past is not None:
-            self.past = [x[:, :, -1:]]
+            self.past = [True]
         return self.upsamples(x) + s[:, :, (self.ft - 1) * begins:]                    # frame 0 gives one frame
 
 
@@ -388,7 +389,7 @@ def load_vae(path, config=None, device="cpu"):
     config = config or common.read_config(path)
     if "latent_mean" not in config:
         raise common.InputError(f"{path} carries no VAE config; pass one of CONFIGS: {', '.join(CONFIGS)}")
-    # without random weights first, where that saves more than the second in which PyTorch imports all it needs for it
+    # a large one without random weights first; a small one has them sooner than PyTorch has imported what that takes
     with torch.device("meta" if config["dim"] >= 96 else "cpu"):
         model = VideoVAE(config)
     common.load_weights(model, path, device=device)
@@ -403,8 +404,9 @@ def visibility(vae, latent):
     latents without this weight works mostly for them. One random projection of the video gives all channels in one
     backward pass."""
     g, power = common.generator("visibility"), 0
-    top, left = (max(0, (n - 16) // 2) for n in latent.shape[3:])                    # of large pictures the middle, two
-    latent = latent[..., top:top + 16, left:left + 16].float()                       # at a time: whole, it is gigabytes
+    # of large pictures the middle 16 x 16, two clips at a time: whole, the gradient takes gigabytes
+    top, left = (max(0, (n - 16) // 2) for n in latent.shape[3:])
+    latent = latent[..., top:top + 16, left:left + 16].float()
     for part in latent.split(max(1, 2**17 // latent[0, 0, 0].numel()**2)):
         video = vae.decode(part.requires_grad_())
         gradient, = torch.autograd.grad(video, part, torch.randn(video.shape, generator=g).to(video))
@@ -463,15 +465,14 @@ def simulate(scenarios, split, count, seed, device, chunk=256):
 
 def load_clips(cfg, rank, folder, device):
     """The clips as a dict of uint8 tensors, from the run folder if they are there; rank 0 simulates them once."""
-    path = f"{folder}/clips.safetensors"
-    key = {k: getattr(cfg, k) for k in ("scenarios", "clips", "val_clips", "seed")} | {
+    stamp = {k: getattr(cfg, k) for k in ("scenarios", "clips", "val_clips", "seed")} | {
         "world": common.source_hash(), "code": common.source_hash(__file__)}
-    if rank == 0 and not (os.path.exists(path) and common.read_config(path) == key):
-        made = simulate(cfg.scenarios, "train", cfg.clips, cfg.seed, device)
+
+    def make():
+        train = simulate(cfg.scenarios, "train", cfg.clips, cfg.seed, device)
         val = simulate(cfg.scenarios, "val", cfg.val_clips, cfg.seed, torch.device("cpu"))     # few
-        common.save_weights(path, made | {f"val_{k}": v for k, v in val.items()}, key)
-    common.barrier()
-    return common.read_weights(path)[0]
+        return train | {f"val_{k}": v for k, v in val.items()}
+    return common.kept(f"{folder}/clips.safetensors", rank, stamp, make)
 
 
 def get_batch(cfg, data, step, rank, world):

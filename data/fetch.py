@@ -89,7 +89,7 @@ def main():
         if "depth_anything" in name:               # what sft.py --head_from may start from
             try:
                 encoder.start_head(path)
-                common.save_weights(f"{out}/depth_head.safetensors", encoder.trunk(), config)
+                common.save_weights(f"{out}/depth_head.safetensors", encoder.trunk_state(), config)
             except InputError as error:
                 print(f"without a start for the head: {error}")
     else:
