@@ -105,7 +105,7 @@ def parse_config(config_class, argv, presets=None, positional=None):
     Raises InputError on an unknown flag, a wrong type or an unknown preset; prints help and exits on -h."""
     fields = {f.name: f.default for f in dataclasses.fields(config_class)}
     texts, presets, given = _help(config_class), presets or {}, {}
-    for arg in argv:
+    for i, arg in enumerate(argv):
         if arg in ("-h", "--help"):
             print((sys.modules[config_class.__module__].__doc__ or "").strip() + "\n\nflags (--name=value):")
             for name, default in fields.items():
@@ -123,7 +123,9 @@ def parse_config(config_class, argv, presets=None, positional=None):
         if not equals and isinstance(fields.get(name), bool):
             text = equals = "True"
         if not equals:
-            raise InputError(f"--{name} needs a value: write --{name}={fields.get(name, next(iter(presets), ''))}")
+            meant = [text for text in argv[i + 1:i + 2] if not text.startswith("--")]                # --steps 3
+            meant += [fields.get(name, next(iter(presets), ""))]
+            raise InputError(f"--{name} needs a value: write --{name}={meant[0]}")
         given[name] = text
     preset = given.pop("preset", None)
     if preset is not None and preset not in presets:
@@ -170,7 +172,7 @@ def check_sides(cfg, names, step):
     """Raises InputError, with the nearest that would do, unless the sides in pixels are multiples of `step`."""
     if any(getattr(cfg, k) % step for k in names):
         near = [f"--{k}={max(step, round(getattr(cfg, k) / step) * step)}" for k in names]
-        raise InputError(f"{'x'.join(str(getattr(cfg, k)) for k in names)} pixels: expected multiples of {step}; the "
+        raise InputError(f"{' '.join(f'--{k}={getattr(cfg, k)}' for k in names)}: expected multiples of {step}; the "
                          f"nearest are {' '.join(near)}")
 
 
@@ -496,7 +498,8 @@ def check_writable(path):
     """Refuse an output path at once, not after an hour of work: its folder must exist and be writable."""
     folder = os.path.dirname(path) or "."
     if not os.path.isdir(folder):
-        raise InputError(f"cannot write {path}: the folder {folder} does not exist; create it first")
+        raise InputError(f"cannot write {path}: " + (f"{folder} is not a folder" if os.path.exists(folder) else
+                         f"the folder {folder} does not exist; create it first"))
     if os.path.isdir(path) or not os.access(folder, os.W_OK):
         raise InputError(f"cannot write {path}: it is "
                          f"{'a folder' if os.path.isdir(path) else 'in a folder without write permission'}")

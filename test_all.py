@@ -3472,7 +3472,9 @@ def test_rows_are_trained_as_the_table_reads_them(tmp_path):
     env, made, ends = {**os.environ, "PYTHON": "echo", "DINO": "file", "GPU": ""}, set(), {}
     (tmp_path / "data").mkdir()                    # where nothing is trained yet
     script = shutil.copy(f"{HERE}/data/rows.sh", tmp_path / "data")
-    run = lambda *args: subprocess.run(["sh", script, *args], env=env, capture_output=True, text=True)
+    run = lambda *args, **more: subprocess.run(["sh", script, *args], env=env | more, capture_output=True, text=True)
+    for done, says in ((run("table", "0", ONLY="row3 rwo8"), "no row rwo8"), (run("table", "0", "x"), "no training seed")):
+        assert done.returncode == 2 and says in done.stderr and not done.stdout
     for what in ("table", "encoder"):
         lines = run(what, "0")
         assert lines.returncode == 0, lines.stderr
@@ -3695,7 +3697,10 @@ def test_bad_input_is_refused(tmp_path):
     refused("dpo.py", "--stages=3,2", cwd=tmp_path, says="expected one of 2, 3, head, both, 2,3, 2,both")
     refused("sft.py", "--batch=5", "--accumulate=2", cwd=tmp_path, says="multiple")
     refused("sft.py", "--model=wan1.3b", cwd=tmp_path, says="nano, small or tiny")
-    refused("vae.py", "--window=12", cwd=tmp_path, says="4k")
+    refused("vae.py", "--window=12", cwd=tmp_path, says="^error: --window=12: expected 1 [+] 4k$")
+    refused("sample.py", "ok.png", "--steps", "3", cwd=tmp_path, says="write --steps=3")
+    refused("sample.py", "ok.png", "--out=text.png/a.mp4", cwd=tmp_path, says="text.png is not a folder")
+    refused("data/fetch.py", "--weights=none", "--model=wan5b", cwd=tmp_path, says="no such folder")
     refused("simdata.py", "--split=dev", cwd=tmp_path, says="train")
     assert not (tmp_path / "out/text.mp4").exists() and not [f for f in os.listdir(tmp_path) if f.startswith(".tmp")]
 

@@ -547,9 +547,11 @@ def main():
     device, rank, world = common.setup(cfg.device)
     if cfg.decoder_only and not cfg.init_from:
         raise common.InputError("--decoder_only=True keeps the encoder of --init_from=FILE; give that file")
-    if cfg.batch % world or cfg.window % 4 != 1 or cfg.crop % 8:
-        raise common.InputError(f"--batch={cfg.batch} must be a multiple of the {world} ranks, "
-                                f"--window={cfg.window} must be 1 + 4k, --crop={cfg.crop} a multiple of 8")
+    for wrong, what in ((cfg.batch % world, f"--batch={cfg.batch}: expected a multiple of the {world} ranks"),
+                        (cfg.window % 4 != 1, f"--window={cfg.window}: expected 1 + 4k"),
+                        (cfg.crop % 8, f"--crop={cfg.crop}: expected a multiple of 8")):
+        if wrong:
+            raise common.InputError(what)
     if cfg.out:
         common.check_writable(cfg.out)
     torch.manual_seed(cfg.seed)

@@ -78,6 +78,8 @@ def main():
     patch = E.CONFIGS[name]["patch_size"]
     if cfg.input_size % patch:
         raise InputError(f"--input_size={cfg.input_size}: expected a multiple of {patch}, the backbone's patch")
+    if cfg.weights and not os.path.exists(cfg.weights):
+        raise InputError(f"--weights={cfg.weights}: no such folder; expected one with the model's files")
     out, weights = cfg.out or f"out/{cfg.model}_data", cfg.weights
     common.make_dir(out)
     if cfg.backbone:

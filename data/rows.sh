@@ -99,6 +99,15 @@ case "$1:$2" in
     *) echo "error: data/rows.sh $*: expected table or encoder and training seeds, for example table 0 1 2" >&2
        exit 2 ;;
 esac
+for seed in "$@"; do
+    case "$seed" in *[!0-9]*) echo "error: data/rows.sh: $seed is no training seed; expected a number" >&2; exit 2 ;; esac
+done
+for row in $ONLY; do                        # a name that is misspelt would train nothing, and say nothing
+    grep -Eq "(sft|dpo|wanted) $row( |\$)" data/rows.sh || {
+        echo "error: ONLY=$ONLY: data/rows.sh has no row $row" >&2
+        exit 2
+    }
+done
 truth="--steps=360 --eval_every=360 --lr=2e-3 --adam_lr=1e-3"              # going on with it, see table
 full="--pairs=1280 --steps=500 --eval_every=125 --eval_clips=160"           # about four times the work
 one="--best_only=True --mirror=False"                                       # best against worst, and no other pair
