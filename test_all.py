@@ -3473,7 +3473,8 @@ def test_rows_are_trained_as_the_table_reads_them(tmp_path):
     (tmp_path / "data").mkdir()                    # where nothing is trained yet
     script = shutil.copy(f"{HERE}/data/rows.sh", tmp_path / "data")
     run = lambda *args, **more: subprocess.run(["sh", script, *args], env=env | more, capture_output=True, text=True)
-    for done, says in ((run("table", "0", ONLY="row3 rwo8"), "no row rwo8"), (run("table", "0", "x"), "no training seed")):
+    for done, says in ((run("table", "0", ONLY="row3 rwo8"), "no row rwo8"),
+                       (run("table", "0", "x"), "no training seed")):
         assert done.returncode == 2 and says in done.stderr and not done.stdout
     for what in ("table", "encoder"):
         lines = run(what, "0")

@@ -100,7 +100,10 @@ case "$1:$2" in
        exit 2 ;;
 esac
 for seed in "$@"; do
-    case "$seed" in *[!0-9]*) echo "error: data/rows.sh: $seed is no training seed; expected a number" >&2; exit 2 ;; esac
+    case "$seed" in *[!0-9]*)
+        echo "error: data/rows.sh: $seed is no training seed; expected a number" >&2
+        exit 2
+    esac
 done
 for row in $ONLY; do                        # a name that is misspelt would train nothing, and say nothing
     grep -Eq "(sft|dpo|wanted) $row( |\$)" data/rows.sh || {
