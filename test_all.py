@@ -1720,6 +1720,10 @@ def test_order_of_the_solvers():
     error = lambda n, solver: (M.sample(v, None, None, None, eps, n, 1.0, solver=solver) - s * eps).abs().max().item()
     assert 1.7 < error(40, "euler") / error(80, "euler") < 2.3 and 3.3 < error(40, "ab2") / error(80, "ab2") < 4.7
     assert error(10, "unipc") < error(10, "ab2") / 2
+    solve = M.UniPC(torch.linspace(1, 0, 11).tolist())
+    for i in range(10):
+        solve.step(i, eps, eps)
+    assert sum(x is not None for x in solve.x0) == 2                                 # of a long clip each takes megabytes
 
 
 def test_guidance():
