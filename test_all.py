@@ -1723,7 +1723,7 @@ def test_order_of_the_solvers():
     solve = M.UniPC(torch.linspace(1, 0, 11).tolist())
     for i in range(10):
         solve.step(i, eps, eps)
-    assert sum(x is not None for x in solve.x0) == 2                                 # of a long clip each takes megabytes
+    assert sum(x is not None for x in solve.x0) == 2                                 # each may take megabytes
 
 
 def test_guidance():
